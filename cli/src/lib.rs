@@ -1,0 +1,1 @@
+//! The command line: ferry run, list, info, migrate and the rest.

@@ -1,0 +1,1 @@
+//! The devices of a Ferry machine: buses, serial, virtio over PCI. Neither KVM nor migration.

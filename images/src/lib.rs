@@ -1,0 +1,1 @@
+//! The guests Ferry brings along: the built-in guest, compiled from source and embedded.

@@ -1,0 +1,1 @@
+//! The machine's place on the network: TAP devices and bridges, announcements.

@@ -1,0 +1,1 @@
+//! The machine on KVM, and the one place that wires devices and migration to it.
