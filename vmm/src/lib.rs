@@ -1,1 +1,5 @@
 //! The machine on KVM, and the one place that wires devices and migration to it.
+
+pub mod config;
+pub mod lifecycle;
+pub mod size;
