@@ -1,1 +1,3 @@
 //! The harness that end-to-end tests share.
+
+pub mod nested;
