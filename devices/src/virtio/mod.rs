@@ -1,0 +1,3 @@
+//! Virtio devices: what each one does with its queues. How the guest finds and sets them up is `pci`'s matter.
+
+pub mod device;
