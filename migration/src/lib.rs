@@ -1,1 +1,15 @@
 //! The migration engine. No KVM, no devices, no unsafe, no clock of its own.
+//!
+//! A crossing is driven from two sides: [`outgoing`] has the machine, [`incoming`] gets it. Everything they
+//! need from the world comes through traits: blocks of data ([`block::Source`], [`block::Sink`]), the machine
+//! itself ([`machine::OutgoingMachine`], [`machine::IncomingMachine`]), the link ([`link::Link`]), time
+//! ([`clock::Clock`]) and a small durable memory ([`handover::Ledger`]).
+
+pub mod block;
+pub mod clock;
+pub mod failure;
+pub mod handover;
+pub mod link;
+pub mod machine;
+pub mod report;
+pub mod units;

@@ -1,0 +1,131 @@
+//! The machine as the engine sees it: a few hooks on each side, implemented by the monitor.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::block::{BlockId, BlockInfo, Sink, Source};
+use crate::failure::Reason;
+use crate::handover::{MachineId, RunPermit};
+
+/// What the incoming side must know to build the machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineCard {
+    /// Stays the same over all crossings of the machine.
+    pub machine: MachineId,
+    /// For people.
+    pub name: String,
+    /// Whether it ran when the crossing began; a paused machine arrives paused.
+    pub running: bool,
+    /// Configuration and required CPU and KVM features, in the monitors' own format. Opaque to the engine,
+    /// at most `wire::MAX_DESCRIPTION_BYTES`.
+    pub description: Vec<u8>,
+}
+
+/// What the guest felt of the crossing so far, as far as the monitor can measure it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestImpact {
+    /// vCPU time lost to throttling.
+    pub throttled: Duration,
+    /// vCPU time lost to write faults of dirty tracking, where it can be measured.
+    pub write_faults: Option<Duration>,
+    /// Time disk writes were held back.
+    pub slowed_writes: Duration,
+}
+
+/// The machine at the side it leaves. Called from one thread, in this order:
+/// `card`, `sources`, (`check`, `throttle`, `slow_writes`)*, `pause`, `save`, `release`, and at the end exactly
+/// one of `resume`, `departed`, `stranded` - `resume` also if `pause` was never called or failed.
+pub trait OutgoingMachine: Send {
+    fn card(&mut self) -> Result<MachineCard, Reason>;
+
+    /// All blocks, with distinct ids.
+    fn sources(&mut self) -> Result<Vec<Arc<dyn Source>>, Reason>;
+
+    /// Whether the machine is still fit to cross. An error (the guest powered off, crashed, was paused by
+    /// its user) ends the crossing with that reason. Called often; must be cheap.
+    fn check(&mut self) -> Result<(), Reason>;
+
+    /// Slows all vCPUs: they run `100 - percent` percent of the time. 0 ends throttling.
+    fn throttle(&mut self, percent: u8) -> Result<(), Reason>;
+
+    /// Limits how fast the guest may write to a disk; `None` ends the limit.
+    fn slow_writes(&mut self, disk: BlockId, bytes_per_sec: Option<u64>) -> Result<(), Reason>;
+
+    /// Stops vCPUs and devices; requests in flight are finished, disks flushed.
+    fn pause(&mut self) -> Result<(), Reason>;
+
+    /// The state of vCPUs, clocks and devices. What this writes to guest memory or disks is seen by a survey
+    /// after it.
+    fn save(&mut self) -> Result<Vec<u8>, Reason>;
+
+    /// Gives up what the other side needs before it can be ready (locks on shared storage, the network
+    /// place). `resume` takes it back.
+    fn release(&mut self) -> Result<(), Reason>;
+
+    /// The crossing ended before the hand over, or the other side proved that it never took the machine: the
+    /// machine runs here (or stays paused if it came paused), throttles, locks and network as before.
+    fn resume(&mut self, permit: &RunPermit) -> Result<(), Reason>;
+
+    /// The machine is at the other side, confirmed. It never runs here again.
+    fn departed(&mut self);
+
+    /// Nobody knows who has the machine: it stays stopped here, memory and disks kept as they are, until
+    /// `resolve` settles it.
+    fn stranded(&mut self);
+
+    fn impact(&mut self) -> GuestImpact {
+        GuestImpact::default()
+    }
+}
+
+/// What the outgoing side offers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    pub card: MachineCard,
+    pub blocks: Vec<BlockInfo>,
+}
+
+/// How long loading took, for the report.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Loaded {
+    pub restore: Duration,
+    pub flush: Duration,
+}
+
+/// The machine at the side it comes to. Called from one thread, in this order:
+/// `admit`, `prepare`, `restore`, `flush`, and at the end exactly one of `resume`, `abort`.
+pub trait IncomingMachine: Send {
+    /// Can and may this machine be here? Looks at features, room and limits; builds nothing, allocates
+    /// nothing the offer's sizes decide.
+    fn admit(&mut self, offer: &Offer) -> Result<(), Reason>;
+
+    /// Builds the whole machine, before the switch: memory populated, devices made, disks created and locked.
+    /// Returns one sink for each block of the offer.
+    fn prepare(&mut self, offer: &Offer) -> Result<Vec<Arc<dyn Sink>>, Reason>;
+
+    /// Loads what `OutgoingMachine::save` gave.
+    fn restore(&mut self, state: &[u8]) -> Result<(), Reason>;
+
+    /// Makes the disks durable.
+    fn flush(&mut self) -> Result<(), Reason>;
+
+    /// Runs the machine (or leaves it paused if it came paused). Only the hand over makes permits.
+    fn resume(&mut self, permit: RunPermit) -> Result<(), Reason>;
+
+    /// The machine will not run here: everything made for it goes away again.
+    fn abort(&mut self);
+}
+
+/// Follows a crossing while it happens: progress on a terminal, events as JSON lines.
+pub trait Observer: Send + Sync {
+    fn event(&self, event: &crate::report::Event);
+}
+
+/// An observer that looks away.
+pub struct Unobserved;
+
+impl Observer for Unobserved {
+    fn event(&self, _: &crate::report::Event) {}
+}
