@@ -1,0 +1,258 @@
+//! A region of guest memory as the engine's source.
+//!
+//! Three places note writes, and a page is clean only if none of them has it:
+//! - KVM's dirty log, for what the vCPUs write;
+//! - the memory's own bitmap, for what the monitor writes (virtqueues, buffers);
+//! - `notes` here, for what was harvested from either and not taken yet, or was put back.
+//!
+//! `survey` moves the monitor's bitmap into `notes` and looks at KVM's log; `take` clears `notes` and protects the
+//! pages anew, in that order, and only then does the engine read them. A write that comes between is noted by KVM or by
+//! the monitor's bitmap, neither of which `take` forgets: a monitor's write marks the bitmap after its data is in place,
+//! so either the read sees the data or the next survey sees the mark.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ferry_migration::block::{BlockId, BlockInfo, DataError, Source, Span};
+use ferry_migration::units::UnitSet;
+use vm_memory::{Bytes, MemoryRegionAddress};
+
+use super::region::Region;
+
+/// KVM's notes about one region of memory.
+pub trait DirtyLog: Send + Sync {
+    fn start(&self) -> Result<(), String>;
+
+    fn stop(&self);
+
+    /// Adds every page noted as written. May forget them (a log that clears as it is read): the caller keeps them.
+    fn survey(&self, words: &mut [u64]) -> Result<(), String>;
+
+    /// Protects pages anew: a later write to them is noted. `first_word` counts 64 pages.
+    fn clear(&self, first_word: usize, words: &[u64]) -> Result<(), String>;
+}
+
+pub struct MemorySource {
+    info: BlockInfo,
+    region: Region,
+    log: Box<dyn DirtyLog>,
+    notes: Box<[AtomicU64]>,
+}
+
+impl MemorySource {
+    pub fn new(id: BlockId, region: Region, log: Box<dyn DirtyLog>) -> MemorySource {
+        let info = region.info(id);
+        let notes = (0..info.units().div_ceil(64))
+            .map(|_| AtomicU64::new(0))
+            .collect();
+        MemorySource {
+            info,
+            region,
+            log,
+            notes,
+        }
+    }
+
+    fn note(&self, first_word: usize, words: &[u64]) {
+        for (note, word) in self.notes.iter().skip(first_word).zip(words) {
+            if *word != 0 {
+                note.fetch_or(*word, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Clears notes and protects anew, for the words that hold any of the set's units.
+    fn clear(&self, set: &UnitSet, range: std::ops::Range<usize>) -> Result<(), DataError> {
+        let words = set.words().get(range.clone()).unwrap_or_default();
+        for (note, word) in self.notes.iter().skip(range.start).zip(words) {
+            note.fetch_and(!word, Ordering::AcqRel);
+        }
+        if words.iter().all(|word| *word == 0) {
+            return Ok(());
+        }
+        self.log.clear(range.start, words).map_err(DataError::new)
+    }
+
+    fn set_of(&self, spans: &[Span]) -> UnitSet {
+        let mut set = UnitSet::empty(self.info.units());
+        for span in spans {
+            set.insert_run(span.first, u64::from(span.count));
+        }
+        set
+    }
+}
+
+impl Source for MemorySource {
+    fn info(&self) -> BlockInfo {
+        self.info.clone()
+    }
+
+    fn start_tracking(&self) -> Result<(), DataError> {
+        self.log.start().map_err(DataError::new)
+    }
+
+    fn stop_tracking(&self) {
+        self.log.stop();
+        for note in &self.notes {
+            note.store(0, Ordering::Release);
+        }
+    }
+
+    fn first_pass(&self) -> Result<UnitSet, DataError> {
+        let units = self.info.units();
+        let mut empty = UnitSet::full(units);
+        empty.subtract(&self.region.populated());
+        // The log may have begun with every page noted. Pages that are left out must be clean in it, and a page that
+        // the guest touches while we look must not be lost: so clear first, then look again.
+        self.clear(&empty, 0..self.notes.len())?;
+        let mut first = self.region.populated();
+        let mut touched_since = UnitSet::full(units);
+        touched_since.subtract(&empty);
+        first.union(&touched_since);
+        Ok(first)
+    }
+
+    fn survey(&self, changed: &mut UnitSet) -> Result<(), DataError> {
+        let monitor = self.region.take_bitmap();
+        self.note(0, &monitor);
+        let mut words = vec![0; self.notes.len()];
+        self.log.survey(&mut words).map_err(DataError::new)?;
+        self.note(0, &words);
+        for (word, note) in words.iter_mut().zip(&self.notes) {
+            *word |= note.load(Ordering::Acquire);
+        }
+        changed.insert_words(&words);
+        Ok(())
+    }
+
+    fn take(&self, spans: &[Span]) -> Result<(), DataError> {
+        let (Some(first), Some(last)) = (spans.first(), spans.last()) else {
+            return Ok(());
+        };
+        let range = (first.first / 64) as usize..(last.end().div_ceil(64) as usize).min(self.notes.len());
+        self.clear(&self.set_of(spans), range)
+    }
+
+    fn put_back(&self, spans: &[Span]) {
+        self.note(0, self.set_of(spans).words());
+    }
+
+    fn read(&self, span: Span, out: &mut [u8]) -> Result<(), DataError> {
+        let at = MemoryRegionAddress(self.info.offset(span.first));
+        self.region.get()?.read_slice(out, at).map_err(|error| {
+            DataError::new(format!("guest memory at {:#x} could not be read: {error}", at.0))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use ferry_devices::ram::Ram;
+    use proptest::prelude::*;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    const PAGES: u64 = 200;
+
+    /// Notes writes as KVM does, in both of its manners.
+    struct Log {
+        forgets_when_read: bool,
+        words: Arc<Mutex<Vec<u64>>>,
+    }
+
+    impl DirtyLog for Log {
+        fn start(&self) -> Result<(), String> {
+            self.words.lock().unwrap().fill(u64::MAX);
+            Ok(())
+        }
+
+        fn stop(&self) {}
+
+        fn survey(&self, words: &mut [u64]) -> Result<(), String> {
+            let mut mine = self.words.lock().unwrap();
+            for (word, mine) in words.iter_mut().zip(mine.iter_mut()) {
+                *word |= *mine;
+                if self.forgets_when_read {
+                    *mine = 0;
+                }
+            }
+            Ok(())
+        }
+
+        fn clear(&self, first_word: usize, words: &[u64]) -> Result<(), String> {
+            for (mine, word) in self.words.lock().unwrap().iter_mut().skip(first_word).zip(words) {
+                *mine &= !word;
+            }
+            Ok(())
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        GuestWrites(u64, u8),
+        MonitorWrites(u64, u8),
+        Round { lost_from: u64 },
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => (0..PAGES, 1..=255u8).prop_map(|(page, value)| Step::GuestWrites(page, value)),
+            2 => (0..PAGES, 1..=255u8).prop_map(|(page, value)| Step::MonitorWrites(page, value)),
+            1 => (0..=PAGES).prop_map(|lost_from| Step::Round { lost_from }),
+        ]
+    }
+
+    proptest! {
+        /// Whatever writes whenever, and whatever is lost on the way and put back: after one quiet round the copy is
+        /// the memory.
+        #[test]
+        fn no_write_is_lost(forgets_when_read: bool, steps in prop::collection::vec(step(), 0..60)) {
+            let ram = Ram::from_ranges(&[(GuestAddress(0), (PAGES * 4096) as usize)]).unwrap();
+            ram.write_obj(0xabu8, GuestAddress(17 * 4096)).unwrap();
+            let words = Arc::new(Mutex::new(vec![0; PAGES.div_ceil(64) as usize]));
+            let log = Log { forgets_when_read, words: Arc::clone(&words) };
+            let region = Region::all(&ram).remove(0);
+            let source = MemorySource::new(BlockId(0), region, Box::new(log));
+            source.start_tracking().unwrap();
+            let mut todo = source.first_pass().unwrap();
+            prop_assert!(todo.contains(17));
+            prop_assert!(!todo.contains(18), "an untouched page need not travel");
+            let mut copy = vec![0u8; (PAGES * 4096) as usize];
+
+            let round = |todo: &mut UnitSet, copy: &mut Vec<u8>, lost_from: u64| {
+                source.survey(todo).unwrap();
+                for (first, count) in todo.runs().collect::<Vec<_>>() {
+                    let span = Span { block: BlockId(0), first, count: count as u32 };
+                    source.take(&[span]).unwrap();
+                    if first >= lost_from {
+                        source.put_back(&[span]);
+                    } else {
+                        let at = (first * 4096) as usize;
+                        source.read(span, &mut copy[at..at + (count * 4096) as usize]).unwrap();
+                    }
+                }
+                todo.clear();
+            };
+            for step in steps {
+                match step {
+                    Step::GuestWrites(page, value) => {
+                        // As a vCPU does: around the monitor's bitmap, into KVM's log.
+                        let before = source.region.take_bitmap();
+                        ram.write_obj(value, GuestAddress(page * 4096 + 5)).unwrap();
+                        source.region.take_bitmap();
+                        source.note(0, &before);
+                        words.lock().unwrap()[(page / 64) as usize] |= 1 << (page % 64);
+                    }
+                    Step::MonitorWrites(page, value) => ram.write_obj(value, GuestAddress(page * 4096 + 9)).unwrap(),
+                    Step::Round { lost_from } => round(&mut todo, &mut copy, lost_from),
+                }
+            }
+            round(&mut todo, &mut copy, PAGES);
+            let mut memory = vec![0u8; copy.len()];
+            ram.read_slice(&mut memory, GuestAddress(0)).unwrap();
+            prop_assert!(memory == copy);
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! The adapters between the machine and the migration engine: what the engine calls blocks is guest memory and
+//! disks here, what it calls a machine is ours.
+
+mod memory_sink;
+mod memory_source;
+mod region;
+
+pub use memory_sink::MemorySink;
+pub use memory_source::{DirtyLog, MemorySource};
+pub use region::Region;
