@@ -1,0 +1,99 @@
+//! Just enough ACPI: the local APIC ids of the vCPUs, and the port that turns the machine off.
+
+use core::slice;
+
+const MAX_IDS: usize = crate::cpu::MAX_CPUS;
+
+pub struct Acpi {
+    ids: [u32; MAX_IDS],
+    count: usize,
+    pub power_port: u16,
+}
+
+impl Acpi {
+    pub fn apic_ids(&self) -> &[u32] {
+        &self.ids[..self.count]
+    }
+
+    /// Reads the tables under this root pointer, or under the one found in the BIOS area if it is 0.
+    pub fn read(root: u64) -> Acpi {
+        let mut acpi = Acpi {
+            ids: [0; MAX_IDS],
+            count: 0,
+            power_port: 0x604,
+        };
+        let root = if root != 0 { root } else { scan().unwrap_or(0) };
+        if root == 0 {
+            return acpi;
+        }
+        let pointer = bytes(root, 36);
+        let (table, width) = match (pointer[15], u64_at(pointer, 24)) {
+            (2.., xsdt) if xsdt != 0 => (xsdt, 8),
+            _ => (u32_at(pointer, 16) as u64, 4),
+        };
+        for entry in body(table).chunks_exact(width) {
+            let at = if width == 8 {
+                u64_at(entry, 0)
+            } else {
+                u32_at(entry, 0) as u64
+            };
+            match bytes(at, 4) {
+                b"APIC" => acpi.read_madt(body(at)),
+                b"FACP" => {
+                    let control = u32_at(body(at), 64 - 36);
+                    if control != 0 {
+                        acpi.power_port = control as u16;
+                    }
+                }
+                _ => {}
+            }
+        }
+        acpi
+    }
+
+    fn read_madt(&mut self, body: &[u8]) {
+        let mut rest = body.get(8..).unwrap_or(&[]);
+        while let [kind, length, ..] = *rest {
+            let Some((entry, next)) = rest.split_at_checked(length.max(2) as usize) else {
+                return;
+            };
+            rest = next;
+            let (id, flags) = match (kind, entry.len()) {
+                (0, 8..) => (entry[3] as u32, u32_at(entry, 4)),
+                (9, 16..) => (u32_at(entry, 4), u32_at(entry, 8)),
+                _ => continue,
+            };
+            if flags & 1 != 0 && self.count < MAX_IDS {
+                self.ids[self.count] = id;
+                self.count += 1;
+            }
+        }
+    }
+}
+
+fn scan() -> Option<u64> {
+    (0xe_0000..0x10_0000u64)
+        .step_by(16)
+        .find(|&at| bytes(at, 8) == b"RSD PTR ")
+}
+
+/// A table's bytes after its 36-byte header.
+fn body(table: u64) -> &'static [u8] {
+    let length = u32_at(bytes(table, 8), 4) as usize;
+    bytes(table, length.clamp(36, 0x10_0000)).split_at(36).1
+}
+
+fn bytes(at: u64, length: usize) -> &'static [u8] {
+    // SAFETY: tables lie in memory that is mapped and that nothing writes while they are read.
+    unsafe { slice::from_raw_parts(at as *const u8, length) }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes
+        .get(at..at + 4)
+        .map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u32_at(bytes, at) as u64 | (u32_at(bytes, at + 4) as u64) << 32
+}
