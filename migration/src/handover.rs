@@ -1,8 +1,30 @@
-//! Who may run the machine: sessions, epochs, the permit, and what both sides keep of them.
+//! Who may run the machine: the permit, the two-sided protocol that moves it, and what both sides keep of it.
+//!
+//! # The discipline of the hand over
+//!
+//! At most one side may run the machine, ever, whatever is lost, cut, doubled or killed. Two rules hold it:
+//!
+//! 1. **A side writes down what it is about to bind itself to before it acts.** The outgoing side writes
+//!    `GivenAway` before the go-ahead leaves; from then on it does not run the machine, not even after a
+//!    restart, until it has proof. The incoming side writes `Taken` before the first instruction, and
+//!    `Declined` before it tells anybody that it never will.
+//! 2. **Only the incoming side's word is proof, and its word never changes.** `Taken` and `Declined` exclude
+//!    each other. An incoming side that knows nothing of a session (it was restarted, its memory of the
+//!    machine is gone) declines it in writing before it says so, so that a go-ahead that was delayed in the
+//!    network finds it closed. The one change it may make is from `Taken` to `Declined` when starting the
+//!    machine failed before a single instruction ran and nobody was told yet.
+//!
+//! So the incoming side always knows, and the outgoing side is in doubt exactly while it has given away and not
+//! heard. Sending the go-ahead again is harmless: it takes, or it hears the answer again. If the other side
+//! cannot be reached the outgoing side stays stopped and says so; `resolve` asks again later. "No record" from
+//! a ledger with another identity proves nothing (the disk was replaced): then a person decides.
+//!
+//! The transitions below are pure functions. The engine runs them, and a model in `tests/handover_model.rs`
+//! walks every interleaving of loss, doubling, crash and restart over the same functions.
 
 use serde::{Deserialize, Serialize};
 
-use crate::failure::{Reason, Side};
+use crate::failure::{Cause, Reason, Side};
 
 /// One crossing. Random; given by the caller.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -89,4 +111,375 @@ pub trait Ledger: Send {
     fn read(&self, session: SessionId) -> Result<Option<Record>, Reason>;
     /// All records of a machine, in no order.
     fn records(&self, machine: MachineId) -> Result<Vec<Record>, Reason>;
+}
+
+/// The outgoing side of the hand over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Giver {
+    /// The right to run is here.
+    Holding,
+    /// The go-ahead may be out: in doubt.
+    GivenAway,
+    /// The other side has it, confirmed.
+    Gone,
+}
+
+/// What the giver can hear or decide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum GiverEvent {
+    /// Everything is across and compared: give it away.
+    GoAhead,
+    /// The link is back while in doubt.
+    LinkBack,
+    /// The other side's word. `same_ledger`: it comes from the ledger that the crossing began with.
+    Heard { taken: bool, same_ledger: bool },
+}
+
+/// What the giver must do, in this order. A step begins only when the one before is complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum GiverStep {
+    Write(Standing),
+    SendGo,
+    /// The permit is here again.
+    Run,
+}
+
+pub fn giver(state: Giver, event: GiverEvent) -> (Giver, &'static [GiverStep]) {
+    use GiverStep::{Run, SendGo, Write};
+    match (state, event) {
+        (Giver::Holding, GiverEvent::GoAhead) => (Giver::GivenAway, &[Write(Standing::GivenAway), SendGo]),
+        (Giver::GivenAway, GiverEvent::LinkBack) => (Giver::GivenAway, &[SendGo]),
+        (Giver::GivenAway, GiverEvent::Heard { taken: true, .. }) => (Giver::Gone, &[Write(Standing::Gone)]),
+        (
+            Giver::GivenAway,
+            GiverEvent::Heard {
+                taken: false,
+                same_ledger: true,
+            },
+        ) => (Giver::Holding, &[Write(Standing::Kept), Run]),
+        // Not proof, or nothing to decide.
+        (state, _) => (state, &[]),
+    }
+}
+
+/// What a restarted outgoing side knows from its ledger.
+pub fn giver_after_restart(record: Option<Standing>) -> Giver {
+    match record {
+        Some(Standing::GivenAway) => Giver::GivenAway,
+        Some(Standing::Gone) => Giver::Gone,
+        _ => Giver::Holding,
+    }
+}
+
+/// The incoming side of the hand over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Taker {
+    /// The machine is loaded and waits for the go-ahead.
+    Waiting,
+    /// `Taken` is written, the machine is being started, nobody was told.
+    Taking,
+    Taken,
+    Declined,
+    /// No machine and no record (a restart, or never heard of it).
+    Blank,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TakerEvent {
+    Go,
+    /// Somebody wants to know for certain (`resolve`).
+    Ask,
+    /// The other side was silent for too long, or cancelled.
+    GiveUp,
+    Started,
+    /// Starting failed before the first instruction.
+    StartFailed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TakerStep {
+    Write(Standing),
+    /// Starts the machine; ends in `Started` or `StartFailed`.
+    Run,
+    /// The machine's memory is dropped.
+    Discard,
+    /// Tells the other side.
+    Answer {
+        taken: bool,
+    },
+}
+
+pub fn taker(state: Taker, event: TakerEvent) -> (Taker, &'static [TakerStep]) {
+    use TakerStep::{Answer, Discard, Run, Write};
+    match (state, event) {
+        (Taker::Waiting, TakerEvent::Go) => (Taker::Taking, &[Write(Standing::Taken), Run]),
+        (Taker::Taking, TakerEvent::Started) => (Taker::Taken, &[Answer { taken: true }]),
+        (Taker::Taking, TakerEvent::StartFailed) => (
+            Taker::Declined,
+            &[Discard, Write(Standing::Declined), Answer { taken: false }],
+        ),
+        // Being started: the answer comes when it is known.
+        (Taker::Taking, _) => (Taker::Taking, &[]),
+        (Taker::Waiting, TakerEvent::Ask) => (
+            Taker::Declined,
+            &[Discard, Write(Standing::Declined), Answer { taken: false }],
+        ),
+        (Taker::Waiting, TakerEvent::GiveUp) => (Taker::Declined, &[Discard, Write(Standing::Declined)]),
+        (Taker::Blank, TakerEvent::Go | TakerEvent::Ask) => (
+            Taker::Declined,
+            &[Write(Standing::Declined), Answer { taken: false }],
+        ),
+        (Taker::Taken, TakerEvent::Go | TakerEvent::Ask) => (Taker::Taken, &[Answer { taken: true }]),
+        (Taker::Declined, TakerEvent::Go | TakerEvent::Ask) => (Taker::Declined, &[Answer { taken: false }]),
+        (state, _) => (state, &[]),
+    }
+}
+
+/// What a restarted incoming side knows from its ledger.
+pub fn taker_after_restart(record: Option<Standing>) -> Taker {
+    match record {
+        Some(Standing::Taken) => Taker::Taken,
+        Some(Standing::Declined) => Taker::Declined,
+        _ => Taker::Blank,
+    }
+}
+
+/// Which side a record belongs to and whether it forbids giving the machine away from here.
+fn newest(records: &[Record]) -> Option<&Record> {
+    records.iter().max_by_key(|record| record.epoch)
+}
+
+/// May this side begin a crossing of the machine, and with which epoch?
+pub fn next_epoch(records: &[Record]) -> Result<u64, Reason> {
+    let Some(last) = newest(records) else { return Ok(1) };
+    match (last.side, last.standing) {
+        (Side::Outgoing, Standing::GivenAway) => Err(Reason::new(
+            Cause::Busy,
+            "an earlier crossing of this machine was handed over and never confirmed: settle it with `ferry resolve`",
+        )),
+        (Side::Outgoing, Standing::Gone) => Err(Reason::new(
+            Cause::Busy,
+            "this machine was handed over to another host, what is here is an old copy",
+        )),
+        _ => Ok(last.epoch.saturating_add(1)),
+    }
+}
+
+/// May this side take a machine that is offered with `epoch`?
+pub fn check_epoch(records: &[Record], epoch: u64) -> Result<(), Reason> {
+    match newest(records) {
+        Some(last) if last.standing == Standing::GivenAway => Err(Reason::new(
+            Cause::Busy,
+            "this host itself handed the machine over and never heard the answer: settle it with `ferry resolve` first",
+        )),
+        Some(last) if last.standing != Standing::Declined && last.epoch >= epoch => Err(Reason::new(
+            Cause::NotAllowed,
+            format!(
+                "the offered copy of the machine is old (hand over {epoch}), this host knows of hand over {}",
+                last.epoch
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// What the giver learned.
+#[derive(Debug)]
+pub enum Verdict {
+    Gone,
+    /// The other side will never run it: the permit is back.
+    Back(RunPermit),
+    /// The answer proves nothing.
+    InDoubt(String),
+}
+
+/// The outgoing side's book of one hand over: runs `giver` against the ledger and keeps the permit honest.
+pub struct Departure {
+    state: Giver,
+    record: Record,
+}
+
+impl Departure {
+    /// Opens the book; the permit to run is the caller's until `go_ahead` consumes it.
+    pub fn begin(
+        ledger: &dyn Ledger,
+        session: SessionId,
+        machine: MachineId,
+    ) -> Result<(Self, RunPermit), Reason> {
+        let epoch = next_epoch(&ledger.records(machine)?)?;
+        let record = Record {
+            session,
+            machine,
+            epoch,
+            side: Side::Outgoing,
+            standing: Standing::Kept,
+            peer: None,
+        };
+        Ok((
+            Departure {
+                state: Giver::Holding,
+                record,
+            },
+            RunPermit { session },
+        ))
+    }
+
+    pub fn epoch(&self) -> u64 {
+        self.record.epoch
+    }
+
+    pub fn state(&self) -> Giver {
+        self.state
+    }
+
+    /// Whose word will count.
+    pub fn peer_is(&mut self, ledger: LedgerId) {
+        self.record.peer = Some(ledger);
+    }
+
+    /// Gives the right to run away. When this returns `Ok` the go-ahead may be sent, and only then. On an
+    /// error nothing was given away and the permit comes back.
+    pub fn go_ahead(
+        &mut self,
+        ledger: &mut dyn Ledger,
+        permit: RunPermit,
+    ) -> Result<(), (RunPermit, Reason)> {
+        let (next, steps) = giver(self.state, GiverEvent::GoAhead);
+        match self.write(ledger, steps) {
+            Ok(()) => {
+                self.state = next;
+                Ok(())
+            }
+            Err(reason) => Err((permit, reason)),
+        }
+    }
+
+    /// The other side's word.
+    pub fn heard(&mut self, ledger: &mut dyn Ledger, from: LedgerId, taken: bool) -> Result<Verdict, Reason> {
+        let same_ledger = self.record.peer == Some(from);
+        let (next, steps) = giver(self.state, GiverEvent::Heard { taken, same_ledger });
+        self.write(ledger, steps)?;
+        let was = std::mem::replace(&mut self.state, next);
+        match (was, next) {
+            (_, Giver::Gone) => Ok(Verdict::Gone),
+            (Giver::GivenAway, Giver::Holding) => Ok(Verdict::Back(RunPermit {
+                session: self.record.session,
+            })),
+            _ => Ok(Verdict::InDoubt(
+                "the other host answers from another ledger than before, so its not knowing proves nothing"
+                    .into(),
+            )),
+        }
+    }
+
+    fn write(&mut self, ledger: &mut dyn Ledger, steps: &[GiverStep]) -> Result<(), Reason> {
+        for step in steps {
+            if let GiverStep::Write(standing) = step {
+                self.record.standing = *standing;
+                ledger.write(&self.record)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The incoming side's book of one hand over: runs `taker` against the ledger and makes the permit.
+pub struct Arrival {
+    state: Taker,
+    record: Record,
+}
+
+impl Arrival {
+    /// A machine that is being built here.
+    pub fn begin(session: SessionId, machine: MachineId, epoch: u64, peer: LedgerId) -> Self {
+        let record = Record {
+            session,
+            machine,
+            epoch,
+            side: Side::Incoming,
+            standing: Standing::Declined,
+            peer: Some(peer),
+        };
+        Arrival {
+            state: Taker::Waiting,
+            record,
+        }
+    }
+
+    pub fn state(&self) -> Taker {
+        self.state
+    }
+
+    /// The go-ahead arrived: writes that the machine is taken, and makes the permit to start it.
+    pub fn take(&mut self, ledger: &mut dyn Ledger) -> Result<RunPermit, Reason> {
+        let (next, steps) = taker(self.state, TakerEvent::Go);
+        if next != Taker::Taking || self.state != Taker::Waiting {
+            return Err(Reason::new(
+                Cause::Protocol,
+                "the go-ahead came to a side that does not wait for it",
+            ));
+        }
+        self.write(ledger, steps)?;
+        self.state = next;
+        Ok(RunPermit {
+            session: self.record.session,
+        })
+    }
+
+    /// The machine runs.
+    pub fn started(&mut self) {
+        self.state = taker(self.state, TakerEvent::Started).0;
+    }
+
+    /// It could not be started and never ran an instruction.
+    pub fn start_failed(&mut self, ledger: &mut dyn Ledger) -> Result<(), Reason> {
+        self.close(ledger, TakerEvent::StartFailed)
+    }
+
+    /// Will never take it.
+    pub fn give_up(&mut self, ledger: &mut dyn Ledger) -> Result<(), Reason> {
+        self.close(ledger, TakerEvent::GiveUp)
+    }
+
+    fn close(&mut self, ledger: &mut dyn Ledger, event: TakerEvent) -> Result<(), Reason> {
+        let (next, steps) = taker(self.state, event);
+        self.write(ledger, steps)?;
+        self.state = next;
+        Ok(())
+    }
+
+    fn write(&mut self, ledger: &mut dyn Ledger, steps: &[TakerStep]) -> Result<(), Reason> {
+        for step in steps {
+            if let TakerStep::Write(standing) = step {
+                self.record.standing = *standing;
+                ledger.write(&self.record)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Answers for a session from the ledger alone, when no machine of it is being built here: what was taken was
+/// taken, and everything else is declined, in writing, before the answer.
+pub fn answer_from_ledger(ledger: &mut dyn Ledger, session: SessionId) -> Result<Standing, Reason> {
+    let known = ledger.read(session)?;
+    let state = taker_after_restart(known.as_ref().map(|record| record.standing));
+    let (next, steps) = taker(state, TakerEvent::Ask);
+    for step in steps {
+        if let TakerStep::Write(standing) = step {
+            ledger.write(&Record {
+                session,
+                machine: MachineId([0; 16]),
+                epoch: 0,
+                side: Side::Incoming,
+                standing: *standing,
+                peer: None,
+            })?;
+        }
+    }
+    Ok(if next == Taker::Taken {
+        Standing::Taken
+    } else {
+        Standing::Declined
+    })
 }

@@ -7,9 +7,12 @@
 
 pub mod block;
 pub mod clock;
+mod codec;
 pub mod failure;
 pub mod handover;
+pub mod ledger;
 pub mod link;
 pub mod machine;
 pub mod report;
 pub mod units;
+pub mod wire;

@@ -1,0 +1,839 @@
+//! Every byte that crosses the link: messages, frames, limits and the version.
+//!
+//! Two kinds of connection. The **control** connection carries [`Message`]s, each in an envelope of length and
+//! CRC32C. A **lane** carries frames: a [`FrameHeader`], a table of [`Entry`]s and their payload, one behind
+//! the other. Every connection begins with a [`Greeting`]. All numbers are little endian.
+//!
+//! Versions: both sides say the oldest and the newest they speak, and use the newest common one.
+//! 1: everything but names. 2: content names (`Announce`, `Wanted`).
+
+use std::time::Duration;
+
+use crate::block::{BlockId, BlockInfo, BlockKind, Name};
+use crate::codec::{Malformed, Reader, Writer};
+use crate::failure::{Cause, Phase, Reason};
+use crate::handover::{LedgerId, MachineId, SessionId, Standing};
+use crate::machine::{Loaded, MachineCard, Offer};
+
+pub const VERSION: u16 = 2;
+pub const OLDEST_VERSION: u16 = 1;
+/// The version that brought content names.
+pub const VERSION_WITH_NAMES: u16 = 2;
+
+pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
+pub const MAX_DESCRIPTION_BYTES: usize = 1 << 20;
+pub const MAX_STATE_BYTES: u64 = 256 << 20;
+pub const STATE_PART_BYTES: usize = 1 << 20;
+pub const MAX_BLOCKS: usize = 256;
+pub const MAX_BLOCK_BYTES: u64 = 1 << 46;
+pub const MAX_LANES: u16 = 64;
+pub const MAX_NAMES: usize = 16 << 10;
+pub const MAX_TEXT_BYTES: usize = 1024;
+
+/// A frame's plain content never crosses a window of this size, and is never longer than one.
+pub const WINDOW_BYTES: u64 = 1 << 20;
+pub const MAX_ENTRIES: usize = 256;
+pub const MAX_PAYLOAD_BYTES: usize = WINDOW_BYTES as usize;
+pub const MAX_FRAME_BYTES: usize = FrameHeader::BYTES + MAX_ENTRIES * Entry::BYTES + MAX_PAYLOAD_BYTES;
+
+const GREETING_MAGIC: [u8; 8] = *b"ferry\r\n\0";
+const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"frm\n");
+
+/// The newest version both ranges hold.
+pub fn common_version(ours: (u16, u16), theirs: (u16, u16)) -> Option<u16> {
+    let newest = ours.1.min(theirs.1);
+    (newest >= ours.0.max(theirs.0)).then_some(newest)
+}
+
+/// What a connection is for; its first bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Greeting {
+    Control {
+        session: SessionId,
+        attempt: u32,
+    },
+    Lane {
+        session: SessionId,
+        attempt: u32,
+        index: u16,
+    },
+}
+
+impl Greeting {
+    pub const BYTES: usize = 8 + 1 + 16 + 4 + 2 + 4;
+
+    pub fn session(&self) -> SessionId {
+        match self {
+            Greeting::Control { session, .. } | Greeting::Lane { session, .. } => *session,
+        }
+    }
+
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::new();
+        w.raw(&GREETING_MAGIC);
+        match *self {
+            Greeting::Control { session, attempt } => w.u8(0).raw(&session.0).u32(attempt).u16(0),
+            Greeting::Lane {
+                session,
+                attempt,
+                index,
+            } => w.u8(1).raw(&session.0).u32(attempt).u16(index),
+        };
+        let mut bytes = w.finish();
+        let sum = crc32c::crc32c(&bytes);
+        bytes.extend_from_slice(&sum.to_le_bytes());
+        bytes
+    }
+
+    pub fn decode(bytes: &[u8; Self::BYTES]) -> Result<Self, Malformed> {
+        let (head, sum) = bytes.split_at(Self::BYTES - 4);
+        let mut r = Reader::new(head);
+        if r.array("greeting")? != GREETING_MAGIC || crc32c::crc32c(head).to_le_bytes() != *sum {
+            return Err(Malformed::Checksum("greeting"));
+        }
+        let kind = r.u8("kind of connection")?;
+        let (session, attempt) = (SessionId(r.array("session")?), r.u32("attempt")?);
+        let index = r.u16("lane")?;
+        match kind {
+            0 => Ok(Greeting::Control { session, attempt }),
+            1 if index < MAX_LANES => Ok(Greeting::Lane {
+                session,
+                attempt,
+                index,
+            }),
+            1 => Err(Malformed::TooMuch {
+                what: "lane",
+                got: u64::from(index),
+                most: u64::from(MAX_LANES) - 1,
+            }),
+            got => Err(Malformed::Unknown {
+                what: "kind of connection",
+                got: u64::from(got),
+            }),
+        }
+    }
+}
+
+/// Why a connection is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A crossing begins (or begins again, if the incoming side was not prepared yet).
+    Begin,
+    /// The link broke: what do you hold of what was sent in attempt `since`?
+    Resume { since: u32 },
+    /// After the go-ahead: did you take the machine?
+    Ask,
+}
+
+/// How far the incoming side is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Copying,
+    Loaded,
+}
+
+/// What the control connection carries. Above the line the outgoing side speaks, below it the incoming side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    Hello {
+        oldest: u16,
+        newest: u16,
+        session: SessionId,
+        attempt: u32,
+        ledger: LedgerId,
+        purpose: Purpose,
+    },
+    Offer {
+        epoch: u64,
+        lanes: u16,
+        offer: Offer,
+    },
+    Prepare,
+    Announce {
+        block: BlockId,
+        first: u64,
+        names: Vec<Name>,
+    },
+    RoundEnd {
+        round: u32,
+        frames: Vec<u64>,
+    },
+    StatePart {
+        offset: u64,
+        bytes: Vec<u8>,
+    },
+    Load {
+        total: u64,
+        name: Name,
+    },
+    Verify,
+    Go {
+        session: SessionId,
+        epoch: u64,
+    },
+    Finish,
+    Cancel {
+        cause: Cause,
+        phase: Phase,
+        message: String,
+    },
+    // ------------------------------------------------------------------
+    Welcome {
+        version: u16,
+        ledger: LedgerId,
+    },
+    Holding {
+        version: u16,
+        stage: Stage,
+        frames: Vec<u64>,
+    },
+    Standing {
+        ledger: LedgerId,
+        standing: Standing,
+    },
+    Accepted {
+        lanes: u16,
+    },
+    Prepared {
+        libraries: Vec<BlockId>,
+    },
+    Wanted {
+        units: Vec<u64>,
+    },
+    RoundHeld {
+        round: u32,
+    },
+    Loaded {
+        loaded: Loaded,
+    },
+    Hashes {
+        names: Vec<Name>,
+        took: Duration,
+    },
+    Running {
+        took: Duration,
+    },
+    Refused {
+        phase: Phase,
+        reason: Reason,
+    },
+}
+
+impl Message {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Message::Hello { .. } => "Hello",
+            Message::Offer { .. } => "Offer",
+            Message::Prepare => "Prepare",
+            Message::Announce { .. } => "Announce",
+            Message::RoundEnd { .. } => "RoundEnd",
+            Message::StatePart { .. } => "StatePart",
+            Message::Load { .. } => "Load",
+            Message::Verify => "Verify",
+            Message::Go { .. } => "Go",
+            Message::Finish => "Finish",
+            Message::Cancel { .. } => "Cancel",
+            Message::Welcome { .. } => "Welcome",
+            Message::Holding { .. } => "Holding",
+            Message::Standing { .. } => "Standing",
+            Message::Accepted { .. } => "Accepted",
+            Message::Prepared { .. } => "Prepared",
+            Message::Wanted { .. } => "Wanted",
+            Message::RoundHeld { .. } => "RoundHeld",
+            Message::Loaded { .. } => "Loaded",
+            Message::Hashes { .. } => "Hashes",
+            Message::Running { .. } => "Running",
+            Message::Refused { .. } => "Refused",
+        }
+    }
+
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::new();
+        match self {
+            Message::Hello {
+                oldest,
+                newest,
+                session,
+                attempt,
+                ledger,
+                purpose,
+            } => {
+                w.u8(1)
+                    .u16(*oldest)
+                    .u16(*newest)
+                    .raw(&session.0)
+                    .u32(*attempt)
+                    .raw(&ledger.0);
+                match purpose {
+                    Purpose::Begin => w.u8(0).u32(0),
+                    Purpose::Resume { since } => w.u8(1).u32(*since),
+                    Purpose::Ask => w.u8(2).u32(0),
+                };
+            }
+            Message::Offer {
+                epoch,
+                lanes,
+                offer: Offer { card, blocks },
+            } => {
+                let MachineCard {
+                    machine,
+                    name,
+                    running,
+                    description,
+                } = card;
+                w.u8(2)
+                    .u64(*epoch)
+                    .u16(*lanes)
+                    .raw(&machine.0)
+                    .text(name, MAX_TEXT_BYTES);
+                w.flag(*running).bytes(description).u32(blocks.len() as u32);
+                for BlockInfo {
+                    id,
+                    kind,
+                    name,
+                    bytes,
+                } in blocks
+                {
+                    w.u16(id.0)
+                        .u8(block_kind_code(*kind))
+                        .text(name, MAX_TEXT_BYTES)
+                        .u64(*bytes);
+                }
+            }
+            Message::Prepare => _ = w.u8(3),
+            Message::Announce { block, first, names } => {
+                w.u8(4).u16(block.0).u64(*first);
+                write_names(&mut w, names);
+            }
+            Message::RoundEnd { round, frames } => {
+                w.u8(5).u32(*round);
+                write_numbers(&mut w, frames);
+            }
+            Message::StatePart { offset, bytes } => _ = w.u8(6).u64(*offset).bytes(bytes),
+            Message::Load { total, name } => _ = w.u8(7).u64(*total).raw(&name.0),
+            Message::Verify => _ = w.u8(8),
+            Message::Go { session, epoch } => _ = w.u8(9).raw(&session.0).u64(*epoch),
+            Message::Finish => _ = w.u8(10),
+            Message::Cancel {
+                cause,
+                phase,
+                message,
+            } => {
+                w.u8(11)
+                    .u8(cause_code(*cause))
+                    .u8(phase_code(*phase))
+                    .text(message, MAX_TEXT_BYTES);
+            }
+            Message::Welcome { version, ledger } => _ = w.u8(65).u16(*version).raw(&ledger.0),
+            Message::Holding {
+                version,
+                stage,
+                frames,
+            } => {
+                w.u8(66).u16(*version).flag(*stage == Stage::Loaded);
+                write_numbers(&mut w, frames);
+            }
+            Message::Standing { ledger, standing } => {
+                w.u8(67).raw(&ledger.0).u8(standing_code(*standing));
+            }
+            Message::Accepted { lanes } => _ = w.u8(68).u16(*lanes),
+            Message::Prepared { libraries } => {
+                w.u8(69).u32(libraries.len() as u32);
+                libraries.iter().for_each(|block| _ = w.u16(block.0));
+            }
+            Message::Wanted { units } => {
+                w.u8(70);
+                write_numbers(&mut w, units);
+            }
+            Message::RoundHeld { round } => _ = w.u8(71).u32(*round),
+            Message::Loaded {
+                loaded: Loaded { restore, flush },
+            } => {
+                w.u8(72).u64(nanos(*restore)).u64(nanos(*flush));
+            }
+            Message::Hashes { names, took } => {
+                w.u8(73).u64(nanos(*took));
+                write_names(&mut w, names);
+            }
+            Message::Running { took } => _ = w.u8(74).u64(nanos(*took)),
+            Message::Refused {
+                phase,
+                reason: Reason { cause, message },
+            } => {
+                w.u8(75)
+                    .u8(phase_code(*phase))
+                    .u8(cause_code(*cause))
+                    .text(message, MAX_TEXT_BYTES);
+            }
+        }
+        w.finish()
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let mut r = Reader::new(bytes);
+        let message = match r.u8("kind of message")? {
+            1 => {
+                let (oldest, newest) = (r.u16("oldest version")?, r.u16("newest version")?);
+                let (session, attempt) = (SessionId(r.array("session")?), r.u32("attempt")?);
+                let ledger = LedgerId(r.array("ledger")?);
+                let (purpose, since) = (r.u8("purpose")?, r.u32("earlier attempt")?);
+                let purpose = match purpose {
+                    0 => Purpose::Begin,
+                    1 => Purpose::Resume { since },
+                    2 => Purpose::Ask,
+                    got => {
+                        return Err(Malformed::Unknown {
+                            what: "purpose",
+                            got: u64::from(got),
+                        });
+                    }
+                };
+                Message::Hello {
+                    oldest,
+                    newest,
+                    session,
+                    attempt,
+                    ledger,
+                    purpose,
+                }
+            }
+            2 => {
+                let epoch = r.u64("epoch")?;
+                let lanes = r.u16("number of lanes")?;
+                let machine = MachineId(r.array("machine")?);
+                let name = r.text(MAX_TEXT_BYTES, "machine name")?;
+                let running = r.flag("running")?;
+                let description = r.bytes(MAX_DESCRIPTION_BYTES, "machine description")?;
+                let count = r.count(MAX_BLOCKS, 15, "number of blocks")?;
+                let mut blocks = Vec::with_capacity(count);
+                for _ in 0..count {
+                    blocks.push(read_block(&mut r)?);
+                }
+                let card = MachineCard {
+                    machine,
+                    name,
+                    running,
+                    description,
+                };
+                Message::Offer {
+                    epoch,
+                    lanes,
+                    offer: Offer { card, blocks },
+                }
+            }
+            3 => Message::Prepare,
+            4 => Message::Announce {
+                block: BlockId(r.u16("block")?),
+                first: r.u64("first unit")?,
+                names: read_names(&mut r)?,
+            },
+            5 => Message::RoundEnd {
+                round: r.u32("round")?,
+                frames: read_numbers(&mut r, usize::from(MAX_LANES), "number of lanes")?,
+            },
+            6 => Message::StatePart {
+                offset: r.u64("offset")?,
+                bytes: r.bytes(STATE_PART_BYTES, "part of the state")?,
+            },
+            7 => {
+                let total = r.u64("size of the state")?;
+                if total > MAX_STATE_BYTES {
+                    return Err(Malformed::TooMuch {
+                        what: "size of the state",
+                        got: total,
+                        most: MAX_STATE_BYTES,
+                    });
+                }
+                Message::Load {
+                    total,
+                    name: Name(r.array("name of the state")?),
+                }
+            }
+            8 => Message::Verify,
+            9 => Message::Go {
+                session: SessionId(r.array("session")?),
+                epoch: r.u64("epoch")?,
+            },
+            10 => Message::Finish,
+            11 => Message::Cancel {
+                cause: read_cause(&mut r)?,
+                phase: read_phase(&mut r)?,
+                message: r.text(MAX_TEXT_BYTES, "reason")?,
+            },
+            65 => Message::Welcome {
+                version: r.u16("version")?,
+                ledger: LedgerId(r.array("ledger")?),
+            },
+            66 => Message::Holding {
+                version: r.u16("version")?,
+                stage: if r.flag("stage")? {
+                    Stage::Loaded
+                } else {
+                    Stage::Copying
+                },
+                frames: read_numbers(&mut r, usize::from(MAX_LANES), "number of lanes")?,
+            },
+            67 => Message::Standing {
+                ledger: LedgerId(r.array("ledger")?),
+                standing: read_standing(&mut r)?,
+            },
+            68 => Message::Accepted {
+                lanes: r.u16("number of lanes")?,
+            },
+            69 => {
+                let count = r.count(MAX_BLOCKS, 2, "number of libraries")?;
+                let mut libraries = Vec::with_capacity(count);
+                for _ in 0..count {
+                    libraries.push(BlockId(r.u16("block")?));
+                }
+                Message::Prepared { libraries }
+            }
+            70 => Message::Wanted {
+                units: read_numbers(&mut r, MAX_NAMES / 64, "wanted units")?,
+            },
+            71 => Message::RoundHeld {
+                round: r.u32("round")?,
+            },
+            72 => Message::Loaded {
+                loaded: Loaded {
+                    restore: Duration::from_nanos(r.u64("time to restore")?),
+                    flush: Duration::from_nanos(r.u64("time to flush")?),
+                },
+            },
+            73 => {
+                let took = Duration::from_nanos(r.u64("time to hash")?);
+                Message::Hashes {
+                    names: read_names(&mut r)?,
+                    took,
+                }
+            }
+            74 => Message::Running {
+                took: Duration::from_nanos(r.u64("time to resume")?),
+            },
+            75 => Message::Refused {
+                phase: read_phase(&mut r)?,
+                reason: Reason {
+                    cause: read_cause(&mut r)?,
+                    message: r.text(MAX_TEXT_BYTES, "reason")?,
+                },
+            },
+            got => {
+                return Err(Malformed::Unknown {
+                    what: "kind of message",
+                    got: u64::from(got),
+                });
+            }
+        };
+        r.end()?;
+        Ok(message)
+    }
+}
+
+/// The envelope of a message on a stream: length, checksum.
+pub const ENVELOPE_BYTES: usize = 8;
+
+pub fn envelope(message: &[u8]) -> [u8; ENVELOPE_BYTES] {
+    let mut bytes = [0; ENVELOPE_BYTES];
+    bytes[..4].copy_from_slice(&(message.len() as u32).to_le_bytes());
+    bytes[4..].copy_from_slice(&crc32c::crc32c(message).to_le_bytes());
+    bytes
+}
+
+/// The length of the message that follows, and its checksum.
+pub fn open_envelope(bytes: [u8; ENVELOPE_BYTES]) -> Result<(usize, u32), Malformed> {
+    let mut r = Reader::new(&bytes);
+    let length = r.u32("length")? as usize;
+    if length > MAX_MESSAGE_BYTES {
+        return Err(Malformed::TooMuch {
+            what: "length",
+            got: length as u64,
+            most: MAX_MESSAGE_BYTES as u64,
+        });
+    }
+    Ok((length, r.u32("checksum")?))
+}
+
+/// The head of a frame on a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    pub block: BlockId,
+    pub entries: u16,
+    /// Counts the frames of this lane from 1.
+    pub sequence: u64,
+    pub round: u32,
+    pub payload_bytes: u32,
+    /// CRC32C of table and payload.
+    pub checksum: u32,
+}
+
+impl FrameHeader {
+    pub const BYTES: usize = 4 + 2 + 2 + 8 + 4 + 4 + 4 + 4;
+
+    pub fn encode(&self) -> [u8; Self::BYTES] {
+        let FrameHeader {
+            block,
+            entries,
+            sequence,
+            round,
+            payload_bytes,
+            checksum,
+        } = *self;
+        let mut bytes = [0; Self::BYTES];
+        bytes[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
+        bytes[4..6].copy_from_slice(&block.0.to_le_bytes());
+        bytes[6..8].copy_from_slice(&entries.to_le_bytes());
+        bytes[8..16].copy_from_slice(&sequence.to_le_bytes());
+        bytes[16..20].copy_from_slice(&round.to_le_bytes());
+        bytes[20..24].copy_from_slice(&payload_bytes.to_le_bytes());
+        bytes[24..28].copy_from_slice(&checksum.to_le_bytes());
+        let sum = crc32c::crc32c(&bytes[..28]);
+        bytes[28..].copy_from_slice(&sum.to_le_bytes());
+        bytes
+    }
+
+    pub fn decode(bytes: &[u8; Self::BYTES]) -> Result<Self, Malformed> {
+        let (head, sum) = bytes.split_at(Self::BYTES - 4);
+        let mut r = Reader::new(head);
+        if r.u32("frame")? != FRAME_MAGIC || crc32c::crc32c(head).to_le_bytes() != *sum {
+            return Err(Malformed::Checksum("frame header"));
+        }
+        let header = FrameHeader {
+            block: BlockId(r.u16("block")?),
+            entries: r.u16("number of entries")?,
+            sequence: r.u64("sequence")?,
+            round: r.u32("round")?,
+            payload_bytes: r.u32("payload length")?,
+            checksum: r.u32("checksum")?,
+        };
+        let limit = |what, got: u64, most: u64| {
+            if got > most {
+                Err(Malformed::TooMuch { what, got, most })
+            } else {
+                Ok(())
+            }
+        };
+        limit("number of entries", u64::from(header.entries), MAX_ENTRIES as u64)?;
+        limit(
+            "payload length",
+            u64::from(header.payload_bytes),
+            MAX_PAYLOAD_BYTES as u64,
+        )?;
+        Ok(header)
+    }
+}
+
+/// What a unit became on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Encoding {
+    /// All zeroes; no payload.
+    Zero,
+    /// Eight bytes, repeated.
+    Same,
+    /// As it is.
+    Raw,
+    /// LZ4 block, one unit.
+    Lz4,
+    /// Difference to what the other side holds, one unit.
+    Delta,
+}
+
+/// One run of units in a frame, in the same encoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub first: u64,
+    pub count: u16,
+    pub encoding: Encoding,
+    /// Payload bytes of this entry.
+    pub bytes: u32,
+}
+
+impl Entry {
+    pub const BYTES: usize = 16;
+
+    pub fn encode(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[0..8].copy_from_slice(&self.first.to_le_bytes());
+        bytes[8..10].copy_from_slice(&self.count.to_le_bytes());
+        bytes[10] = match self.encoding {
+            Encoding::Zero => 0,
+            Encoding::Same => 1,
+            Encoding::Raw => 2,
+            Encoding::Lz4 => 3,
+            Encoding::Delta => 4,
+        };
+        bytes[12..16].copy_from_slice(&self.bytes.to_le_bytes());
+        bytes
+    }
+
+    pub fn decode(bytes: &[u8; Self::BYTES]) -> Result<Self, Malformed> {
+        let mut r = Reader::new(bytes);
+        let (first, count) = (r.u64("first unit")?, r.u16("number of units")?);
+        let encoding = match r.u8("encoding")? {
+            0 => Encoding::Zero,
+            1 => Encoding::Same,
+            2 => Encoding::Raw,
+            3 => Encoding::Lz4,
+            4 => Encoding::Delta,
+            got => {
+                return Err(Malformed::Unknown {
+                    what: "encoding",
+                    got: u64::from(got),
+                });
+            }
+        };
+        match r.u8("reserved byte")? {
+            0 => {}
+            got => {
+                return Err(Malformed::Unknown {
+                    what: "reserved byte",
+                    got: u64::from(got),
+                });
+            }
+        }
+        Ok(Entry {
+            first,
+            count,
+            encoding,
+            bytes: r.u32("length of an entry")?,
+        })
+    }
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn write_names(w: &mut Writer, names: &[Name]) {
+    w.u32(names.len() as u32);
+    names.iter().for_each(|name| _ = w.raw(&name.0));
+}
+
+fn read_names(r: &mut Reader<'_>) -> Result<Vec<Name>, Malformed> {
+    let count = r.count(MAX_NAMES, 32, "number of names")?;
+    (0..count).map(|_| Ok(Name(r.array("name")?))).collect()
+}
+
+fn write_numbers(w: &mut Writer, numbers: &[u64]) {
+    w.u32(numbers.len() as u32);
+    numbers.iter().for_each(|number| _ = w.u64(*number));
+}
+
+fn read_numbers(r: &mut Reader<'_>, most: usize, what: &'static str) -> Result<Vec<u64>, Malformed> {
+    let count = r.count(most, 8, what)?;
+    (0..count).map(|_| r.u64(what)).collect()
+}
+
+fn block_kind_code(kind: BlockKind) -> u8 {
+    match kind {
+        BlockKind::Memory => 0,
+        BlockKind::Disk => 1,
+    }
+}
+
+fn read_block(r: &mut Reader<'_>) -> Result<BlockInfo, Malformed> {
+    let id = BlockId(r.u16("block")?);
+    let kind = match r.u8("kind of block")? {
+        0 => BlockKind::Memory,
+        1 => BlockKind::Disk,
+        got => {
+            return Err(Malformed::Unknown {
+                what: "kind of block",
+                got: u64::from(got),
+            });
+        }
+    };
+    let name = r.text(MAX_TEXT_BYTES, "block name")?;
+    let bytes = r.u64("block size")?;
+    if bytes > MAX_BLOCK_BYTES {
+        return Err(Malformed::TooMuch {
+            what: "block size",
+            got: bytes,
+            most: MAX_BLOCK_BYTES,
+        });
+    }
+    Ok(BlockInfo {
+        id,
+        kind,
+        name,
+        bytes,
+    })
+}
+
+/// The numbers of phases, causes and standings on the wire: their places in these tables.
+const PHASES: [Phase; 9] = [
+    Phase::Negotiate,
+    Phase::Prepare,
+    Phase::CopyLive,
+    Phase::Pause,
+    Phase::CopyRest,
+    Phase::SendState,
+    Phase::Verify,
+    Phase::HandOver,
+    Phase::Finish,
+];
+
+const CAUSES: [Cause; 17] = [
+    Cause::Link,
+    Cause::Stalled,
+    Cause::Version,
+    Cause::Protocol,
+    Cause::Damaged,
+    Cause::Incompatible,
+    Cause::NoMemory,
+    Cause::NoSpace,
+    Cause::NotAllowed,
+    Cause::Busy,
+    Cause::Data,
+    Cause::Machine,
+    Cause::Ledger,
+    Cause::Cancelled,
+    Cause::Deadline,
+    Cause::NotConverging,
+    Cause::Declined,
+];
+
+const STANDINGS: [Standing; 5] = [
+    Standing::GivenAway,
+    Standing::Gone,
+    Standing::Kept,
+    Standing::Taken,
+    Standing::Declined,
+];
+
+fn code_in<T: PartialEq>(table: &[T], value: &T) -> u8 {
+    table
+        .iter()
+        .position(|entry| entry == value)
+        .map_or(u8::MAX, |at| at as u8)
+}
+
+fn value_in<T: Copy>(table: &[T], code: u8, what: &'static str) -> Result<T, Malformed> {
+    table.get(usize::from(code)).copied().ok_or(Malformed::Unknown {
+        what,
+        got: u64::from(code),
+    })
+}
+
+fn phase_code(phase: Phase) -> u8 {
+    code_in(&PHASES, &phase)
+}
+
+fn read_phase(r: &mut Reader<'_>) -> Result<Phase, Malformed> {
+    value_in(&PHASES, r.u8("phase")?, "phase")
+}
+
+fn cause_code(cause: Cause) -> u8 {
+    code_in(&CAUSES, &cause)
+}
+
+fn read_cause(r: &mut Reader<'_>) -> Result<Cause, Malformed> {
+    value_in(&CAUSES, r.u8("cause")?, "cause")
+}
+
+fn standing_code(standing: Standing) -> u8 {
+    code_in(&STANDINGS, &standing)
+}
+
+fn read_standing(r: &mut Reader<'_>) -> Result<Standing, Malformed> {
+    value_in(&STANDINGS, r.u8("standing")?, "standing")
+}
