@@ -1,46 +1,29 @@
 //! A region of guest memory as the engine's sink: data is placed straight where the guest will find it.
 #![allow(unsafe_code)] // lends guest memory as a plain slice, so that data needs no copy on its way
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use ferry_migration::block::{BlockId, BlockInfo, DataError, Sink, Span};
 use vm_memory::{Bytes, GuestMemoryRegion, MemoryRegionAddress};
 
+use super::notes::Notes;
 use super::region::Region;
 
 pub struct MemorySink {
     info: BlockInfo,
     region: Region,
     /// Pages that were written to. The others are zero as they came from the host, and stay untouched.
-    placed: Box<[AtomicU64]>,
+    placed: Notes,
 }
 
 impl MemorySink {
     /// `region` must be fresh: no page of it written yet.
     pub fn new(id: BlockId, region: Region) -> MemorySink {
         let info = region.info(id);
-        let placed = (0..info.units().div_ceil(64))
-            .map(|_| AtomicU64::new(0))
-            .collect();
+        let placed = Notes::new(info.units());
         MemorySink { info, region, placed }
     }
 
     fn at(&self, span: Span) -> MemoryRegionAddress {
         MemoryRegionAddress(self.info.offset(span.first))
-    }
-
-    fn mark_placed(&self, span: Span) {
-        for unit in span.first..span.end() {
-            if let Some(word) = self.placed.get((unit / 64) as usize) {
-                word.fetch_or(1 << (unit % 64), Ordering::AcqRel);
-            }
-        }
-    }
-
-    fn was_placed(&self, unit: u64) -> bool {
-        self.placed
-            .get((unit / 64) as usize)
-            .is_some_and(|word| word.load(Ordering::Acquire) >> (unit % 64) & 1 == 1)
     }
 }
 
@@ -58,7 +41,7 @@ impl Sink for MemorySink {
 
     fn place(&self, span: Span, data: &[u8]) -> Result<(), DataError> {
         let at = self.at(span);
-        self.mark_placed(span);
+        self.placed.add_spans(&[span]);
         self.region
             .get()?
             .write_slice(data, at)
@@ -67,7 +50,7 @@ impl Sink for MemorySink {
 
     fn place_zeroes(&self, span: Span) -> Result<(), DataError> {
         const ZEROES: [u8; 4096] = [0; 4096];
-        for unit in (span.first..span.end()).filter(|unit| self.was_placed(*unit)) {
+        for unit in (span.first..span.end()).filter(|unit| self.placed.contains(*unit)) {
             let at = MemoryRegionAddress(self.info.offset(unit));
             self.region
                 .get()?
@@ -85,7 +68,7 @@ impl Sink for MemorySink {
             .get()?
             .get_slice(at, bytes)
             .map_err(|error| failed("written", at, error))?;
-        self.mark_placed(span);
+        self.placed.add_spans(&[span]);
         let guard = slice.ptr_guard_mut();
         // SAFETY: `get_slice` checked that these bytes lie inside the region's mapping, which lives as long as
         // `self.region`. The machine does not run yet and its devices are not started, so neither vCPU nor worker

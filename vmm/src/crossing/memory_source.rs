@@ -10,12 +10,11 @@
 //! the monitor's bitmap, neither of which `take` forgets: a monitor's write marks the bitmap after its data is in place,
 //! so either the read sees the data or the next survey sees the mark.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use ferry_migration::block::{BlockId, BlockInfo, DataError, Source, Span};
 use ferry_migration::units::UnitSet;
 use vm_memory::{Bytes, MemoryRegionAddress};
 
+use super::notes::{Notes, bits_of};
 use super::region::Region;
 
 /// KVM's notes about one region of memory.
@@ -35,15 +34,13 @@ pub struct MemorySource {
     info: BlockInfo,
     region: Region,
     log: Box<dyn DirtyLog>,
-    notes: Box<[AtomicU64]>,
+    notes: Notes,
 }
 
 impl MemorySource {
     pub fn new(id: BlockId, region: Region, log: Box<dyn DirtyLog>) -> MemorySource {
         let info = region.info(id);
-        let notes = (0..info.units().div_ceil(64))
-            .map(|_| AtomicU64::new(0))
-            .collect();
+        let notes = Notes::new(info.units());
         MemorySource {
             info,
             region,
@@ -52,32 +49,13 @@ impl MemorySource {
         }
     }
 
-    fn note(&self, first_word: usize, words: &[u64]) {
-        for (note, word) in self.notes.iter().skip(first_word).zip(words) {
-            if *word != 0 {
-                note.fetch_or(*word, Ordering::AcqRel);
-            }
-        }
-    }
-
-    /// Clears notes and protects anew, for the words that hold any of the set's units.
-    fn clear(&self, set: &UnitSet, range: std::ops::Range<usize>) -> Result<(), DataError> {
-        let words = set.words().get(range.clone()).unwrap_or_default();
-        for (note, word) in self.notes.iter().skip(range.start).zip(words) {
-            note.fetch_and(!word, Ordering::AcqRel);
-        }
+    /// Clears notes and protects anew.
+    fn clear(&self, first_word: usize, words: &[u64]) -> Result<(), DataError> {
+        self.notes.remove(first_word, words);
         if words.iter().all(|word| *word == 0) {
             return Ok(());
         }
-        self.log.clear(range.start, words).map_err(DataError::new)
-    }
-
-    fn set_of(&self, spans: &[Span]) -> UnitSet {
-        let mut set = UnitSet::empty(self.info.units());
-        for span in spans {
-            set.insert_run(span.first, u64::from(span.count));
-        }
-        set
+        self.log.clear(first_word, words).map_err(DataError::new)
     }
 }
 
@@ -92,9 +70,7 @@ impl Source for MemorySource {
 
     fn stop_tracking(&self) {
         self.log.stop();
-        for note in &self.notes {
-            note.store(0, Ordering::Release);
-        }
+        self.notes.clear();
     }
 
     fn first_pass(&self) -> Result<UnitSet, DataError> {
@@ -103,7 +79,7 @@ impl Source for MemorySource {
         empty.subtract(&self.region.populated());
         // The log may have begun with every page noted. Pages that are left out must be clean in it, and a page that
         // the guest touches while we look must not be lost: so clear first, then look again.
-        self.clear(&empty, 0..self.notes.len())?;
+        self.clear(0, empty.words())?;
         let mut first = self.region.populated();
         let mut touched_since = UnitSet::full(units);
         touched_since.subtract(&empty);
@@ -112,28 +88,21 @@ impl Source for MemorySource {
     }
 
     fn survey(&self, changed: &mut UnitSet) -> Result<(), DataError> {
-        let monitor = self.region.take_bitmap();
-        self.note(0, &monitor);
+        self.notes.add_words(&self.region.take_bitmap());
         let mut words = vec![0; self.notes.len()];
         self.log.survey(&mut words).map_err(DataError::new)?;
-        self.note(0, &words);
-        for (word, note) in words.iter_mut().zip(&self.notes) {
-            *word |= note.load(Ordering::Acquire);
-        }
-        changed.insert_words(&words);
+        self.notes.add_words(&words);
+        self.notes.snapshot(changed);
         Ok(())
     }
 
     fn take(&self, spans: &[Span]) -> Result<(), DataError> {
-        let (Some(first), Some(last)) = (spans.first(), spans.last()) else {
-            return Ok(());
-        };
-        let range = (first.first / 64) as usize..(last.end().div_ceil(64) as usize).min(self.notes.len());
-        self.clear(&self.set_of(spans), range)
+        let (first_word, words) = bits_of(spans);
+        self.clear(first_word, &words)
     }
 
     fn put_back(&self, spans: &[Span]) {
-        self.note(0, self.set_of(spans).words());
+        self.notes.add_spans(spans);
     }
 
     fn read(&self, span: Span, out: &mut [u8]) -> Result<(), DataError> {
@@ -242,7 +211,7 @@ mod tests {
                         let before = source.region.take_bitmap();
                         ram.write_obj(value, GuestAddress(page * 4096 + 5)).unwrap();
                         source.region.take_bitmap();
-                        source.note(0, &before);
+                        source.notes.add_words(&before);
                         words.lock().unwrap()[(page / 64) as usize] |= 1 << (page % 64);
                     }
                     Step::MonitorWrites(page, value) => ram.write_obj(value, GuestAddress(page * 4096 + 9)).unwrap(),

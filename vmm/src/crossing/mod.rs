@@ -3,6 +3,7 @@
 
 mod memory_sink;
 mod memory_source;
+mod notes;
 mod region;
 
 pub use memory_sink::MemorySink;
