@@ -1,3 +1,4 @@
 //! The harness that end-to-end tests share.
 
+pub mod bench;
 pub mod nested;

@@ -31,10 +31,14 @@ impl Notes {
 
     pub(super) fn add_spans(&self, spans: &[Span]) {
         for span in spans {
-            for (word, mask) in masks(span) {
-                if let Some(note) = self.words.get(word) {
-                    note.fetch_or(mask, Ordering::AcqRel);
-                }
+            self.add_run(span.first, span.end());
+        }
+    }
+
+    pub(super) fn add_run(&self, first: u64, end: u64) {
+        for (word, mask) in masks(first, end) {
+            if let Some(note) = self.words.get(word) {
+                note.fetch_or(mask, Ordering::AcqRel);
             }
         }
     }
@@ -78,7 +82,7 @@ pub(super) fn bits_of(spans: &[Span]) -> (usize, Vec<u64>) {
     let first_word = (first.first / 64) as usize;
     let mut bits = vec![0; (last.end().div_ceil(64) as usize).saturating_sub(first_word)];
     for span in spans {
-        for (word, mask) in masks(span) {
+        for (word, mask) in masks(span.first, span.end()) {
             if let Some(bits) = word.checked_sub(first_word).and_then(|at| bits.get_mut(at)) {
                 *bits |= mask;
             }
@@ -87,9 +91,8 @@ pub(super) fn bits_of(spans: &[Span]) -> (usize, Vec<u64>) {
     (first_word, bits)
 }
 
-/// The words that a span touches, each with the span's bits in it.
-fn masks(span: &Span) -> impl Iterator<Item = (usize, u64)> + use<> {
-    let (first, end) = (span.first, span.end());
+/// The words that a run touches, each with the run's bits in it.
+fn masks(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
     (first / 64..end.div_ceil(64)).map(move |word| {
         let low = first.saturating_sub(word * 64).min(63);
         let high = (end - word * 64).min(64);
