@@ -52,16 +52,37 @@ pub fn cross(ferry: &Path, dir: &Path, scenario: &Scenario, flavour: &Flavour) -
     let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
     let memory = format!("{}M", scenario.memory_mib);
     let cpus = scenario.cpus.to_string();
-    let run = ["run", "bench", "--memory", &memory, "--cpus", &cpus, "--cmdline", scenario.work, "--serial", "stdio"];
+    let run = [
+        "run",
+        "bench",
+        "--memory",
+        &memory,
+        "--cpus",
+        &cpus,
+        "--cmdline",
+        scenario.work,
+        "--serial",
+        "stdio",
+    ];
     let _outgoing = start(ferry, &here, &words(&run), &timeline)?;
-    let _incoming =
-        start(ferry, &there, &words(&["receive", &address, "--once", "--serial", "stdio"]), &timeline)?;
-    ensure!(timeline.wait_beats(10, Duration::from_secs(20)), "the guest does not beat under Ferry");
+    let _incoming = start(
+        ferry,
+        &there,
+        &words(&["receive", &address, "--once", "--serial", "stdio"]),
+        &timeline,
+    )?;
+    ensure!(
+        timeline.wait_beats(10, Duration::from_secs(20)),
+        "the guest does not beat under Ferry"
+    );
     std::thread::sleep(scenario.warm_up);
 
     let report: PathBuf = dir.path().join("report.json");
     let mut migrate = Command::new(ferry);
-    migrate.arg("--runtime-dir").arg(&here).args(["migrate", "bench", &address]);
+    migrate
+        .arg("--runtime-dir")
+        .arg(&here)
+        .args(["migrate", "bench", &address]);
     migrate.args(["--downtime", &format!("{}ms", scenario.downtime.as_millis())]);
     migrate.arg("--report").arg(&report).args(flavour.words);
     if let Some(limit) = scenario.link_bytes_per_sec {
@@ -69,19 +90,32 @@ pub fn cross(ferry: &Path, dir: &Path, scenario: &Scenario, flavour: &Flavour) -
     }
     migrate.args(["--deadline", &format!("{}s", scenario.patience.as_secs())]);
     let started = Instant::now();
-    let status = migrate.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit()).status()?;
+    let status = migrate
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit())
+        .status()?;
     let ended = Instant::now();
     let beats = timeline.beats();
     let alive = timeline.wait_beats(beats + 20, Duration::from_secs(10));
-    let report: Value = std::fs::read(&report).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+    let report: Value = std::fs::read(&report)
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok())
+        .unwrap_or_default();
     let before = timeline.write_rate(started - scenario.warm_up, started);
     let during = timeline.write_rate(started, ended.max(started + Duration::from_secs(2)));
     Ok(Outcome {
         contestant: format!("ferry{}", flavour.name),
         completed: status.success(),
         total_ms: (ended - started).as_secs_f64() * 1e3,
-        gap_ms: timeline.largest_gap(started, ended + Duration::from_millis(200)).as_secs_f64() * 1e3,
-        gap_before_ms: timeline.largest_gap(started - Duration::from_secs(1), started).as_secs_f64() * 1e3,
+        gap_ms: timeline
+            .largest_gap(started, ended + Duration::from_millis(200))
+            .as_secs_f64()
+            * 1e3,
+        gap_before_ms: timeline
+            .largest_gap(started - Duration::from_secs(1), started)
+            .as_secs_f64()
+            * 1e3,
         bytes: report["fact"]["bytes"].as_u64().unwrap_or(0),
         own_downtime_ms: report["fact"]["downtime_ms"].as_f64().unwrap_or(0.0),
         progress: before.zip(during).map_or(0.0, |(before, during)| during / before),

@@ -33,13 +33,32 @@ impl Drop for Qemu {
     }
 }
 
-fn start(dir: &Path, name: &str, guest: &Path, scenario: &Scenario, timeline: &Timeline, incoming: bool) -> Result<Qemu> {
+fn start(
+    dir: &Path,
+    name: &str,
+    guest: &Path,
+    scenario: &Scenario,
+    timeline: &Timeline,
+    incoming: bool,
+) -> Result<Qemu> {
     let qmp = dir.join(format!("{name}.qmp"));
     let mut command = Command::new("qemu-system-x86_64");
     command
-        .args(["-machine", "microvm,accel=kvm,rtc=on", "-cpu", "host", "-nodefaults", "-no-user-config"])
+        .args([
+            "-machine",
+            "microvm,accel=kvm,rtc=on",
+            "-cpu",
+            "host",
+            "-nodefaults",
+            "-no-user-config",
+        ])
         .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
-        .args(["-m", &format!("{}M", scenario.memory_mib), "-smp", &scenario.cpus.to_string()])
+        .args([
+            "-m",
+            &format!("{}M", scenario.memory_mib),
+            "-smp",
+            &scenario.cpus.to_string(),
+        ])
         .arg("-kernel")
         .arg(guest)
         .args(["-append", scenario.work])
@@ -48,7 +67,11 @@ fn start(dir: &Path, name: &str, guest: &Path, scenario: &Scenario, timeline: &T
     if incoming {
         command.args(["-incoming", "defer"]);
     }
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
     if let Some(port) = child.stdout.take() {
         timeline.follow(port);
     }
@@ -66,12 +89,17 @@ impl Qmp {
         let writer = loop {
             match UnixStream::connect(path) {
                 Ok(stream) => break stream,
-                Err(_) if started.elapsed() < Duration::from_secs(5) => std::thread::sleep(Duration::from_millis(10)),
+                Err(_) if started.elapsed() < Duration::from_secs(5) => {
+                    std::thread::sleep(Duration::from_millis(10))
+                }
                 Err(error) => return Err(error).context("QEMU's control socket does not answer"),
             }
         };
         writer.set_read_timeout(Some(Duration::from_secs(30)))?;
-        let mut qmp = Qmp { reader: BufReader::new(writer.try_clone()?), writer };
+        let mut qmp = Qmp {
+            reader: BufReader::new(writer.try_clone()?),
+            writer,
+        };
         let mut greeting = String::new();
         qmp.reader.read_line(&mut greeting)?;
         qmp.call("qmp_capabilities", json!({}))?;
@@ -79,7 +107,11 @@ impl Qmp {
     }
 
     fn call(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        writeln!(self.writer, "{}", json!({ "execute": command, "arguments": arguments }))?;
+        writeln!(
+            self.writer,
+            "{}",
+            json!({ "execute": command, "arguments": arguments })
+        )?;
         loop {
             let mut line = String::new();
             if self.reader.read_line(&mut line)? == 0 {
@@ -103,11 +135,17 @@ pub fn cross(dir: &Path, guest: &Path, scenario: &Scenario, flavour: Flavour) ->
     let outgoing = start(dir.path(), "out", guest, scenario, &timeline, false)?;
     let incoming = start(dir.path(), "in", guest, scenario, &timeline, true)?;
     let (mut out, mut into) = (Qmp::connect(&outgoing.qmp)?, Qmp::connect(&incoming.qmp)?);
-    anyhow::ensure!(timeline.wait_beats(10, Duration::from_secs(20)), "the guest does not beat under QEMU");
+    anyhow::ensure!(
+        timeline.wait_beats(10, Duration::from_secs(20)),
+        "the guest does not beat under QEMU"
+    );
     std::thread::sleep(scenario.warm_up);
     for side in [&mut out, &mut into] {
         if flavour == Flavour::Multifd {
-            side.call("migrate-set-capabilities", json!({ "capabilities": [{ "capability": "multifd", "state": true }] }))?;
+            side.call(
+                "migrate-set-capabilities",
+                json!({ "capabilities": [{ "capability": "multifd", "state": true }] }),
+            )?;
             side.call("migrate-set-parameters", json!({ "multifd-channels": 2 }))?;
         }
     }
@@ -141,8 +179,14 @@ pub fn cross(dir: &Path, guest: &Path, scenario: &Scenario, flavour: Flavour) ->
         contestant: format!("qemu-{}", format!("{flavour:?}").to_lowercase()),
         completed,
         total_ms: (ended - started).as_secs_f64() * 1e3,
-        gap_ms: timeline.largest_gap(started, ended + Duration::from_millis(200)).as_secs_f64() * 1e3,
-        gap_before_ms: timeline.largest_gap(started - Duration::from_secs(1), started).as_secs_f64() * 1e3,
+        gap_ms: timeline
+            .largest_gap(started, ended + Duration::from_millis(200))
+            .as_secs_f64()
+            * 1e3,
+        gap_before_ms: timeline
+            .largest_gap(started - Duration::from_secs(1), started)
+            .as_secs_f64()
+            * 1e3,
         bytes: info["ram"]["transferred"].as_u64().unwrap_or(0),
         own_downtime_ms: info["downtime"].as_f64().unwrap_or(0.0),
         progress: before.zip(during).map_or(0.0, |(before, during)| during / before),

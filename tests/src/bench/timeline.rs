@@ -21,7 +21,10 @@ impl Timeline {
                 let Ok(line) = line else { break };
                 let seen = Instant::now();
                 if let Ok(value) = serde_json::from_slice::<Value>(&line) {
-                    lines.lock().unwrap_or_else(|poison| poison.into_inner()).push((seen, value));
+                    lines
+                        .lock()
+                        .unwrap_or_else(|poison| poison.into_inner())
+                        .push((seen, value));
                 }
             }
         });
@@ -29,7 +32,11 @@ impl Timeline {
 
     fn of(&self, kind: &str) -> Vec<(Instant, Value)> {
         let lines = self.lines.lock().unwrap_or_else(|poison| poison.into_inner());
-        let mut found: Vec<_> = lines.iter().filter(|(_, line)| line["t"] == kind).cloned().collect();
+        let mut found: Vec<_> = lines
+            .iter()
+            .filter(|(_, line)| line["t"] == kind)
+            .cloned()
+            .collect();
         found.sort_by_key(|(seen, _)| *seen);
         found
     }
@@ -82,9 +89,13 @@ impl Timeline {
 /// The cumulative count of pages written in a summary line, wherever the workload puts it.
 fn pages_written(line: &Value) -> Option<f64> {
     match line {
-        Value::Object(fields) => fields
-            .iter()
-            .find_map(|(name, value)| if name == "written" { value.as_f64() } else { pages_written(value) }),
+        Value::Object(fields) => fields.iter().find_map(|(name, value)| {
+            if name == "written" {
+                value.as_f64()
+            } else {
+                pages_written(value)
+            }
+        }),
         _ => None,
     }
 }

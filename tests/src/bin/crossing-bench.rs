@@ -24,18 +24,49 @@ fn scenarios() -> Vec<Scenario> {
     let never = "work=allocator memory=512M wws=60 rate=max order=seq random=50 heartbeat=10ms";
     vec![
         base.clone(),
-        Scenario { name: "compressible content", work: "work=allocator memory=512M wws=12 rate=4000 order=seq random=0 heartbeat=10ms", ..base.clone() },
-        Scenario { name: "random content", work: "work=allocator memory=512M wws=12 rate=4000 order=seq random=100 heartbeat=10ms", ..base.clone() },
-        Scenario { name: "idle machine of 8 GiB", memory_mib: 8192, work: "work=idle heartbeat=10ms", ..base.clone() },
-        Scenario { name: "writes faster than the link, 1 Gbit/s", work: never, link_bytes_per_sec: Some(125_000_000), ..base.clone() },
-        Scenario { name: "link of 1 Gbit/s", link_bytes_per_sec: Some(125_000_000), ..base.clone() },
-        Scenario { name: "link of 100 Mbit/s", link_bytes_per_sec: Some(12_500_000), patience: Duration::from_secs(120), ..base },
+        Scenario {
+            name: "compressible content",
+            work: "work=allocator memory=512M wws=12 rate=4000 order=seq random=0 heartbeat=10ms",
+            ..base.clone()
+        },
+        Scenario {
+            name: "random content",
+            work: "work=allocator memory=512M wws=12 rate=4000 order=seq random=100 heartbeat=10ms",
+            ..base.clone()
+        },
+        Scenario {
+            name: "idle machine of 8 GiB",
+            memory_mib: 8192,
+            work: "work=idle heartbeat=10ms",
+            ..base.clone()
+        },
+        Scenario {
+            name: "writes faster than the link, 1 Gbit/s",
+            work: never,
+            link_bytes_per_sec: Some(125_000_000),
+            ..base.clone()
+        },
+        Scenario {
+            name: "link of 1 Gbit/s",
+            link_bytes_per_sec: Some(125_000_000),
+            ..base.clone()
+        },
+        Scenario {
+            name: "link of 100 Mbit/s",
+            link_bytes_per_sec: Some(12_500_000),
+            patience: Duration::from_secs(120),
+            ..base
+        },
     ]
 }
 
 fn main() -> Result<()> {
     let mut words = std::env::args().skip(1);
-    let binary = PathBuf::from(words.next().context("usage: crossing-bench FERRY [--rounds N] [--only NAME] [--json FILE]")?);
+    let binary = PathBuf::from(
+        words
+            .next()
+            .context("usage: crossing-bench FERRY [--rounds N] [--only NAME] [--json FILE]")?,
+    );
     let (mut rounds, mut only, mut json) = (3usize, None, None);
     while let Some(word) = words.next() {
         let value = words.next().with_context(|| format!("{word} needs a value"))?;
@@ -51,16 +82,34 @@ fn main() -> Result<()> {
     std::fs::write(&guest, ferry_images::BUILTIN_GUEST)?;
     let plain = ferry::Flavour { name: "", words: &[] };
     let mut all = Vec::new();
-    for scenario in scenarios().into_iter().filter(|scenario| only.as_ref().is_none_or(|only| scenario.name.contains(only.as_str()))) {
-        println!("\n{} ({} MiB, {} vCPU, {})", scenario.name, scenario.memory_mib, scenario.cpus, scenario.work);
+    for scenario in scenarios().into_iter().filter(|scenario| {
+        only.as_ref()
+            .is_none_or(|only| scenario.name.contains(only.as_str()))
+    }) {
+        println!(
+            "\n{} ({} MiB, {} vCPU, {})",
+            scenario.name, scenario.memory_mib, scenario.cpus, scenario.work
+        );
         let mut outcomes: Vec<Outcome> = Vec::new();
         for _ in 0..rounds {
             outcomes.push(ferry::cross(&binary, dir.path(), &scenario, &plain)?);
-            outcomes.push(qemu::cross(dir.path(), &guest, &scenario, qemu::Flavour::Default)?);
-            outcomes.push(qemu::cross(dir.path(), &guest, &scenario, qemu::Flavour::Multifd)?);
+            outcomes.push(qemu::cross(
+                dir.path(),
+                &guest,
+                &scenario,
+                qemu::Flavour::Default,
+            )?);
+            outcomes.push(qemu::cross(
+                dir.path(),
+                &guest,
+                &scenario,
+                qemu::Flavour::Multifd,
+            )?);
         }
         print_table(&outcomes);
-        all.push(serde_json::json!({ "scenario": scenario.name, "work": scenario.work, "outcomes": outcomes }));
+        all.push(
+            serde_json::json!({ "scenario": scenario.name, "work": scenario.work, "outcomes": outcomes }),
+        );
     }
     if let Some(path) = json {
         std::fs::write(&path, serde_json::to_vec_pretty(&all)?)?;
@@ -74,11 +123,17 @@ fn print_table(outcomes: &[Outcome]) {
         "contestant", "total ms", "gap ms", "gap before", "own down", "MiB sent", "progress", "completed"
     );
     println!("|---|---|---|---|---|---|---|---|");
-    let mut names: Vec<&str> = outcomes.iter().map(|outcome| outcome.contestant.as_str()).collect();
+    let mut names: Vec<&str> = outcomes
+        .iter()
+        .map(|outcome| outcome.contestant.as_str())
+        .collect();
     names.sort_unstable();
     names.dedup();
     for name in names {
-        let mine: Vec<&Outcome> = outcomes.iter().filter(|outcome| outcome.contestant == name).collect();
+        let mine: Vec<&Outcome> = outcomes
+            .iter()
+            .filter(|outcome| outcome.contestant == name)
+            .collect();
         let median = |pick: &dyn Fn(&Outcome) -> f64| {
             let mut values: Vec<f64> = mine.iter().map(|outcome| pick(outcome)).collect();
             values.sort_by(f64::total_cmp);
