@@ -1,6 +1,7 @@
 //! The machine on KVM, and the one place that wires devices and migration to it.
 
 pub mod config;
+pub mod console;
 pub mod crossing;
 pub mod error;
 pub mod lifecycle;

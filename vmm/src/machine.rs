@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::config::MachineConfig;
+use crate::console::Hub;
 use crate::error::{MachineError, Result};
 use crate::lifecycle::{Event, Lifecycle, State, StopReason};
 
@@ -22,9 +23,17 @@ pub struct Info {
     pub config: MachineConfig,
 }
 
+/// What a machine's consoles are connected to. A device writes to a clone of its hub and attaches itself for input,
+/// again after every rebuild.
+#[derive(Clone, Default)]
+pub struct Wiring {
+    pub serial: Hub,
+    pub console: Hub,
+}
+
 impl Machine {
     /// A machine with its kernel loaded, ready to start.
-    pub fn create(config: &MachineConfig) -> Result<Machine> {
+    pub fn create(config: &MachineConfig, _wiring: &Wiring) -> Result<Machine> {
         config.validate()?;
         Ok(Machine {
             config: config.clone(),
@@ -51,6 +60,16 @@ impl Machine {
             Err(refused) if !refused.state.is_final() => Err(refused.into()),
             _ => Ok(()),
         }
+    }
+
+    /// Presses the ACPI power button; whether the guest follows is its own decision.
+    pub fn power_button(&self) -> Result<()> {
+        Err(MachineError::Host("machines have no power button yet".into()))
+    }
+
+    /// Saves, rebuilds and restores in place, running or paused; returns how long the guest stood still.
+    pub fn pulse(&self) -> Result<Duration> {
+        Err(MachineError::Host("machines do not pulse yet".into()))
     }
 
     pub fn state(&self) -> State {
