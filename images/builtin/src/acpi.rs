@@ -7,7 +7,26 @@ const MAX_IDS: usize = crate::cpu::MAX_CPUS;
 pub struct Acpi {
     ids: [u32; MAX_IDS],
     count: usize,
-    pub power_port: u16,
+    pub sleep: Sleep,
+}
+
+/// Where to write to turn the machine off, and the sleep type that means off.
+#[derive(Clone, Copy)]
+pub enum Sleep {
+    /// The PM1a control register.
+    Control {
+        port: u16,
+        kind: u8,
+    },
+    /// The sleep control register of hardware-reduced ACPI, in port space or in memory.
+    Port {
+        port: u16,
+        kind: u8,
+    },
+    Memory {
+        address: u64,
+        kind: u8,
+    },
 }
 
 impl Acpi {
@@ -20,7 +39,7 @@ impl Acpi {
         let mut acpi = Acpi {
             ids: [0; MAX_IDS],
             count: 0,
-            power_port: 0x604,
+            sleep: Sleep::Control { port: 0x604, kind: 0 },
         };
         let root = if root != 0 { root } else { scan().unwrap_or(0) };
         if root == 0 {
@@ -39,16 +58,36 @@ impl Acpi {
             };
             match bytes(at, 4) {
                 b"APIC" => acpi.read_madt(body(at)),
-                b"FACP" => {
-                    let control = u32_at(body(at), 64 - 36);
-                    if control != 0 {
-                        acpi.power_port = control as u16;
-                    }
-                }
+                b"FACP" => acpi.read_fadt(body(at)),
                 _ => {}
             }
         }
         acpi
+    }
+
+    fn read_fadt(&mut self, body: &[u8]) {
+        let at = |offset: usize| offset - 36;
+        let dsdt = match u64_at(body, at(140)) {
+            0 => u32_at(body, at(40)) as u64,
+            wide => wide,
+        };
+        let kind = if dsdt == 0 {
+            0
+        } else {
+            soft_off(self::body(dsdt)).unwrap_or(0)
+        };
+        let reduced = u32_at(body, at(112)) & 1 << 20 != 0;
+        self.sleep = match (reduced, body.get(at(244)), u64_at(body, at(248))) {
+            (true, Some(0), address) => Sleep::Memory { address, kind },
+            (true, Some(1), port) => Sleep::Port {
+                port: port as u16,
+                kind,
+            },
+            _ => Sleep::Control {
+                port: u32_at(body, at(64)) as u16,
+                kind,
+            },
+        };
     }
 
     fn read_madt(&mut self, body: &[u8]) {
@@ -68,6 +107,16 @@ impl Acpi {
                 self.count += 1;
             }
         }
+    }
+}
+
+/// The sleep type of S5: the first number of the package named `_S5_`.
+fn soft_off(code: &[u8]) -> Option<u8> {
+    let at = code.windows(5).position(|w| w == b"_S5_\x12")? + 5;
+    // A package length of one byte, a count, then a number: 0, 1, or a byte behind its prefix.
+    match *code.get(at + 2)? {
+        0x0a => code.get(at + 3).copied(),
+        number => Some(number.min(7)),
     }
 }
 

@@ -9,8 +9,8 @@ const AP_PAGE: u64 = 0x8000;
 const INTERRUPT_STACK: u64 = 4096;
 const TSS_SIZE: u64 = 128;
 pub const TIMER_VECTOR: u8 = 0x40;
+pub const WAKE_VECTOR: u8 = 0x42;
 pub const SERIAL_VECTOR: u8 = 0x41;
-pub const DEVICE_VECTOR: u8 = 0x50;
 
 unsafe extern "C" {
     static ap_page: u8;
@@ -40,11 +40,6 @@ pub fn out8(port: u16, value: u8) {
 pub fn out16(port: u16, value: u16) {
     // SAFETY: writes a port.
     unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nostack, preserves_flags)) };
-}
-
-pub fn out32(port: u16, value: u32) {
-    // SAFETY: writes a port.
-    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) };
 }
 
 /// All bytes in one string instruction: one exit to the monitor where it can be one.
@@ -105,6 +100,13 @@ fn lapic_write(offset: u64, value: u32) {
 pub fn vector_count(vector: u8) -> u64 {
     // SAFETY: a table of counters that ring 0 increments with locked instructions.
     unsafe { vector_counts[vector as usize].load(Ordering::Relaxed) }
+}
+
+/// Whether the serial port has interrupted since the last call. Only the first vCPU asks.
+pub fn serial_interrupted() -> bool {
+    static SEEN: AtomicU64 = AtomicU64::new(0);
+    let count = vector_count(SERIAL_VECTOR);
+    SEEN.swap(count, Ordering::Relaxed) != count
 }
 
 /// A vCPU as seen by the code that runs on it.
@@ -217,6 +219,11 @@ pub fn start_peers(apic_ids: impl Iterator<Item = u32>) -> usize {
         }
     }
     ARRIVED.load(Ordering::SeqCst)
+}
+
+/// Ends the sleep of all other vCPUs.
+pub fn wake_peers() {
+    lapic_write(0x300, 0xc_4000 | WAKE_VECTOR as u32);
 }
 
 /// Waits until more vCPUs than `before` have arrived, at most `ns`.

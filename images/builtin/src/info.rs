@@ -11,8 +11,7 @@ unsafe extern "C" {
 
 /// The start of memory that the image does not use.
 pub fn free_start() -> u64 {
-    // SAFETY: only the address is taken.
-    unsafe { &raw const image_end as u64 }
+    &raw const image_end as u64
 }
 
 pub struct Info {

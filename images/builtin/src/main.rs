@@ -3,13 +3,24 @@
 #![no_main]
 
 mod acpi;
+mod chief;
 mod clock;
+mod content;
 mod cpu;
+mod crew;
+mod damage;
+mod evidence;
+mod gap;
 mod info;
 mod line;
+mod memory;
 mod orders;
+mod pick;
+mod plan;
+mod power;
 mod runtime;
 mod serial;
 mod start;
+mod work;
 
 core::arch::global_asm!(include_str!("boot.s"), options(att_syntax));

@@ -34,3 +34,37 @@ pub fn size_bytes(text: &str) -> Option<u64> {
         _ => return None,
     })
 }
+
+/// 0 to 100.
+pub fn percent(text: &str) -> Option<u64> {
+    text.parse().ok().filter(|p| *p <= 100)
+}
+
+/// `3.291` in millionths.
+pub fn decimal_micro(text: &str) -> Option<u64> {
+    let (whole, part) = text.split_once('.').unwrap_or((text, ""));
+    let digits = part.len();
+    if digits > 6 || !part.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let part = if digits == 0 {
+        0
+    } else {
+        part.parse::<u64>().ok()? * 10u64.pow(6 - digits as u32)
+    };
+    let whole = if whole.is_empty() && digits > 0 {
+        0
+    } else {
+        whole.parse::<u64>().ok()?
+    };
+    whole.checked_mul(1_000_000)?.checked_add(part)
+}
+
+/// A comma-separated list of at most `N` items.
+pub fn list<T: Copy, const N: usize>(text: &str, read: impl Fn(&str) -> Option<T>) -> Option<[Option<T>; N]> {
+    let mut items = [None; N];
+    for (i, word) in text.split(',').enumerate() {
+        *items.get_mut(i)? = Some(read(word)?);
+    }
+    Some(items)
+}

@@ -60,5 +60,5 @@ fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
             .word("file", place.map_or("?", |p| p.file()))
             .number("line", place.map_or(0, |p| p.line() as u64));
     });
-    crate::cpu::halt()
+    crate::power::end(crate::plan::End::PowerOff)
 }

@@ -1,9 +1,12 @@
 //! Where every vCPU enters ring 3: the first one reads the orders and starts the others; then all work.
 
 use crate::acpi::Acpi;
+use crate::chief::Chief;
 use crate::cpu::{self, Cpu};
 use crate::info::Info;
-use crate::{clock, orders, serial};
+use crate::plan::End;
+use crate::work::Next;
+use crate::{clock, crew, gap, orders, power, serial};
 
 #[unsafe(no_mangle)]
 extern "C" fn ring3(index: usize) -> ! {
@@ -17,6 +20,7 @@ fn first() -> ! {
     serial::start();
     let info = Info::read();
     let acpi = Acpi::read(info.rsdp);
+    power::remember(acpi.sleep);
     cpu::route_io_interrupt(4, cpu::SERIAL_VECTOR);
     let asked = orders::value(info.command(), "cpus")
         .and_then(|n| n.parse().ok())
@@ -26,40 +30,57 @@ fn first() -> ! {
         [] => cpu::start_peers((0..asked).filter(|&id| id != mine)),
         ids => cpu::start_peers(ids.iter().copied().filter(|&id| id != mine)),
     };
-    let memory: u64 = info.ram().iter().map(|(from, to)| to - from).sum();
-    serial::report(|l| {
-        l.word("t", "hello")
-            .number("cpus", cpus as u64)
-            .number("memory", memory)
-            .word("clock", clock::name())
-            .number("ns", clock::now(0));
-    });
-    let period = orders::value(info.command(), "heartbeat")
-        .and_then(orders::duration_ns)
-        .unwrap_or(100_000_000);
-    let mut next = clock::now(0);
-    let mut seq = 0;
+    let (mut chief, mut shift) = Chief::begin(&info, cpus);
+    let mut due = clock::now(0);
     loop {
         me.look();
         let now = clock::now(0);
-        if now >= next {
-            next += period;
-            seq += 1;
-            serial::report(|l| {
-                l.word("t", "beat").number("seq", seq).number("ns", now);
-            });
-            continue;
+        gap::passed(due, now);
+        let mut next = chief.attend(now, &mut shift);
+        for worker in shift.workers.iter_mut() {
+            next = sooner(next, worker.step(now));
         }
-        me.sleep(next - now);
+        due = rest(&mut me, next, now);
     }
 }
 
 fn peer(index: usize) -> ! {
     let mut me = Cpu::arrive(index);
     loop {
-        me.look();
-        me.sleep(100_000_000);
+        let shift = crew::join(index);
+        let mut due = clock::now(index);
+        while !crew::is_over(&shift) {
+            me.look();
+            let now = clock::now(index);
+            gap::passed(due, now);
+            let mut next = Next::At(now + 1_000_000_000);
+            for worker in shift.workers.iter_mut() {
+                next = sooner(next, worker.step(now));
+            }
+            if crew::is_over(&shift) {
+                break;
+            }
+            due = rest(&mut me, next, now);
+        }
     }
+}
+
+fn sooner(a: Next, b: Next) -> Next {
+    match (a, b) {
+        (Next::At(a), Next::At(b)) => Next::At(a.min(b)),
+        _ => Next::Now,
+    }
+}
+
+/// Sleeps if there is nothing to do; gives the time at which this vCPU expects to be back.
+fn rest(me: &mut Cpu, next: Next, now: u64) -> u64 {
+    let Next::At(at) = next else { return now };
+    let before = clock::now(me.index);
+    if at <= before {
+        return before;
+    }
+    me.sleep(at - before);
+    at
 }
 
 /// The facts of an exception, as `boot.s` left them.
@@ -89,5 +110,5 @@ extern "C" fn on_exception() -> ! {
             .hex("cr2", f.cr2)
             .number("cs", f.cs);
     });
-    cpu::halt()
+    power::end(End::PowerOff)
 }

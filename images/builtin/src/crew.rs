@@ -1,0 +1,266 @@
+//! Turns a plan into workers, spreads them over the vCPUs, and changes the plan while the machine runs.
+
+use core::mem::MaybeUninit;
+use core::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+
+use crate::cpu::{self, MAX_CPUS};
+use crate::evidence::Evidence;
+use crate::memory::{Memory, PAGE, Pages};
+use crate::pick::{Order, Picker};
+use crate::plan::{Plan, Rate};
+use crate::work::allocator::{Sweeper, Writer};
+use crate::work::gc::{Collector, Root};
+use crate::work::spin::Spinner;
+use crate::work::{Pace, Worker};
+
+const MAX_WORKERS: usize = 32;
+const MIB: u64 = 1 << 20;
+
+/// Odd while the plan changes and all vCPUs but the first wait.
+static EPOCH: AtomicU64 = AtomicU64::new(1);
+static PARKED: AtomicUsize = AtomicUsize::new(0);
+static LISTS: [(AtomicPtr<Worker>, AtomicUsize); MAX_CPUS] =
+    [const { (AtomicPtr::new(core::ptr::null_mut()), AtomicUsize::new(0)) }; MAX_CPUS];
+
+/// The workers of one vCPU in one epoch.
+pub struct Shift {
+    pub epoch: u64,
+    pub workers: &'static mut [Worker],
+}
+
+/// A peer waits until there is a plan, then takes its workers.
+pub fn join(index: usize) -> Shift {
+    PARKED.fetch_add(1, Ordering::SeqCst);
+    loop {
+        let epoch = EPOCH.load(Ordering::Acquire);
+        if epoch % 2 == 0 {
+            return take(index, epoch);
+        }
+        core::hint::spin_loop();
+    }
+}
+
+pub fn is_over(shift: &Shift) -> bool {
+    EPOCH.load(Ordering::Relaxed) != shift.epoch
+}
+
+fn take(index: usize, epoch: u64) -> Shift {
+    let (list, used) = &LISTS[index];
+    let (list, used) = (list.load(Ordering::Acquire), used.load(Ordering::Acquire));
+    // SAFETY: `start` wrote `used` workers for this vCPU alone, before it made the epoch even.
+    let workers = if list.is_null() {
+        &mut [][..]
+    } else {
+        unsafe { core::slice::from_raw_parts_mut(list, used) }
+    };
+    Shift { epoch, workers }
+}
+
+/// What a plan got: for the reports.
+#[derive(Clone, Copy)]
+pub struct Granted {
+    pub evidence: Option<&'static Evidence>,
+    pub heap_bytes: u64,
+    pub workers: usize,
+}
+
+/// Ends the shift of all vCPUs, shares out memory and workers anew, and begins the next one. Only the first
+/// vCPU calls it, and its own last shift is over.
+pub fn start(plan: &Plan, memory: &mut Memory, cpus: usize) -> (Shift, Granted) {
+    if EPOCH.load(Ordering::SeqCst) % 2 == 0 {
+        PARKED.store(0, Ordering::SeqCst);
+        EPOCH.fetch_add(1, Ordering::SeqCst);
+        cpu::wake_peers();
+    }
+    while PARKED.load(Ordering::SeqCst) < cpus - 1 {
+        core::hint::spin_loop();
+    }
+    memory.give_back_all();
+    let granted = Hiring::new(memory, cpus).hire(plan);
+    let epoch = EPOCH.fetch_add(1, Ordering::SeqCst) + 1;
+    (take(0, epoch), granted)
+}
+
+struct Hiring<'a> {
+    memory: &'a mut Memory,
+    cpus: usize,
+    lists: [Option<&'static mut [MaybeUninit<Worker>]>; MAX_CPUS],
+    used: [usize; MAX_CPUS],
+}
+
+impl<'a> Hiring<'a> {
+    fn new(memory: &'a mut Memory, cpus: usize) -> Self {
+        let mut lists = [const { None }; MAX_CPUS];
+        for list in lists.iter_mut().take(cpus) {
+            // SAFETY: all shifts are over, so nothing taken before is in use; anything is a MaybeUninit.
+            *list = unsafe { memory.take_zeroed(MAX_WORKERS) };
+        }
+        Hiring {
+            memory,
+            cpus,
+            lists,
+            used: [0; MAX_CPUS],
+        }
+    }
+
+    fn hire(mut self, plan: &Plan) -> Granted {
+        let mut granted = Granted {
+            evidence: None,
+            heap_bytes: 0,
+            workers: 0,
+        };
+        if plan.works.gc {
+            granted.heap_bytes = self.hire_collectors(plan);
+        }
+        if plan.works.spin {
+            for index in 0..self.cpus {
+                self.place(
+                    index,
+                    Worker::Spinner(Spinner {
+                        seed: plan.seed ^ (index as u64) << 32,
+                        round: 0,
+                    }),
+                );
+            }
+        }
+        if plan.works.allocator {
+            granted.evidence = self.hire_allocator(plan);
+        }
+        for (index, (list, used)) in LISTS.iter().enumerate() {
+            let first = self.lists[index]
+                .as_mut()
+                .map_or(core::ptr::null_mut(), |l| l.as_mut_ptr().cast::<Worker>());
+            list.store(first, Ordering::Release);
+            used.store(self.used[index], Ordering::Release);
+            granted.workers += self.used[index];
+        }
+        granted
+    }
+
+    fn place(&mut self, index: usize, worker: Worker) {
+        let index = index % self.cpus;
+        let used = self.used[index];
+        if let Some(place) = self.lists[index].as_mut().and_then(|list| list.get_mut(used)) {
+            place.write(worker);
+            self.used[index] += 1;
+        }
+    }
+
+    /// One heap per vCPU.
+    fn hire_collectors(&mut self, plan: &Plan) -> u64 {
+        let free = self.memory.free_bytes();
+        let all = plan.heap.unwrap_or((64 * MIB).min(free / 4)).min(free * 3 / 4);
+        let words = (all / self.cpus as u64 / 8) as usize;
+        let mut bytes = 0;
+        for index in 0..self.cpus {
+            // SAFETY: as in `new`; words and roots are plain numbers.
+            let (heap, roots) = unsafe {
+                (
+                    self.memory.take_zeroed::<u64>(words),
+                    self.memory.take_zeroed::<Root>(Collector::roots_for(words)),
+                )
+            };
+            if let (Some(heap), Some(roots)) = (heap, roots) {
+                bytes += 8 * heap.len() as u64;
+                self.place(
+                    index,
+                    Worker::Collector(Collector::new(heap, roots, plan.seed ^ (index as u64) << 40)),
+                );
+            }
+        }
+        bytes
+    }
+
+    fn hire_allocator(&mut self, plan: &Plan) -> Option<&'static Evidence> {
+        let free = self.memory.free_bytes();
+        // Each page needs 8 bytes of table beside it, and the evidence itself a page.
+        let most = free.saturating_sub(free / 512 + 16 * PAGE);
+        let wanted = plan.memory.unwrap_or(free / 2).min(most) / PAGE;
+        // SAFETY: as in `new`; a zero is an AtomicU64, and anything is a MaybeUninit.
+        let (expected, place) = unsafe {
+            (
+                self.memory.take_zeroed::<AtomicU64>(wanted as usize)?,
+                self.memory.take_zeroed::<MaybeUninit<Evidence>>(1)?,
+            )
+        };
+        let pages = self.memory.take_pages(wanted);
+        if pages.count() == 0 {
+            return None;
+        }
+        let evidence: &'static Evidence =
+            place[0].write(Evidence::new(pages, expected, plan.seed, plan.random_percent));
+        for index in 0..self.cpus {
+            let pace = match plan.check {
+                Rate::Off => Some(Pace::new(0)),
+                Rate::PerSecond(rate) => Some(Pace::new(rate.saturating_mul(1_000_000) / self.cpus as u64)),
+                Rate::Max => None,
+            };
+            self.place(index, Worker::Sweeper(Sweeper { evidence, pace }));
+        }
+        if plan.classes[0].is_some() {
+            self.hire_classes(plan, evidence)
+        } else {
+            self.hire_writers(plan, evidence)
+        }
+        Some(evidence)
+    }
+
+    /// The working set, in as many parts as there are writers.
+    fn hire_writers(&mut self, plan: &Plan, evidence: &'static Evidence) {
+        let writers = if plan.writers == 0 {
+            self.cpus
+        } else {
+            plan.writers
+        } as u64;
+        let set = (evidence.pages.count() * plan.wws_percent / 100).max(1);
+        let each = (set / writers).max(1);
+        for writer in 0..writers.min(set) {
+            let pace = match plan.rate {
+                Rate::Off => return,
+                Rate::PerSecond(rate) => Some(Pace::new(rate.saturating_mul(1_000_000) / writers)),
+                Rate::Max => None,
+            };
+            let picker = Picker::new(plan.order, each, plan.seed ^ writer);
+            let writer_of = Writer {
+                evidence,
+                first: writer * each,
+                picker,
+                pace,
+                whole: plan.whole_pages,
+            };
+            self.place(writer as usize, Worker::Writer(writer_of));
+        }
+    }
+
+    /// One writer per class of pages, each page of a class equally likely at any time.
+    fn hire_classes(&mut self, plan: &Plan, evidence: &'static Evidence) {
+        let mut first = 0;
+        for (i, class) in plan.classes.iter().flatten().enumerate() {
+            let left = evidence.pages.count() - first;
+            let pages = class.pages.unwrap_or(left).min(left);
+            if pages == 0 {
+                continue;
+            }
+            let pace = Some(Pace::new(class.rate_micro.saturating_mul(pages)));
+            let picker = Picker::new(Order::Random, pages, plan.seed ^ (i as u64) << 8);
+            self.place(
+                i,
+                Worker::Writer(Writer {
+                    evidence,
+                    first,
+                    picker,
+                    pace,
+                    whole: plan.whole_pages,
+                }),
+            );
+            first += pages;
+        }
+    }
+}
+
+impl Granted {
+    pub fn pages(&self) -> &Pages {
+        const NONE: &Pages = &Pages::NONE;
+        self.evidence.map_or(NONE, |e| &e.pages)
+    }
+}
