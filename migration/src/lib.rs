@@ -14,5 +14,6 @@ pub mod ledger;
 pub mod link;
 pub mod machine;
 pub mod report;
+pub mod transport;
 pub mod units;
 pub mod wire;
