@@ -21,8 +21,18 @@ pub struct DiskSink {
 impl DiskSink {
     /// `disk` must be freshly made: it reads as zeroes everywhere.
     pub fn new(id: BlockId, name: String, disk: Arc<Disk>, library: Option<Arc<Library>>) -> DiskSink {
-        let info = BlockInfo { id, kind: BlockKind::Disk, name, bytes: disk.size() };
-        DiskSink { placed: Notes::new(info.units()), info, disk, library }
+        let info = BlockInfo {
+            id,
+            kind: BlockKind::Disk,
+            name,
+            bytes: disk.size(),
+        };
+        DiskSink {
+            placed: Notes::new(info.units()),
+            info,
+            disk,
+            library,
+        }
     }
 
     fn failed(&self, verb: &str, error: io::Error) -> DataError {
@@ -43,20 +53,26 @@ impl Sink for DiskSink {
 
     fn place(&self, span: Span, data: &[u8]) -> Result<(), DataError> {
         self.placed.add_spans(&[span]);
-        self.disk.write_at(data, self.info.offset(span.first)).map_err(|error| self.failed("written", error))
+        self.disk
+            .write_at(data, self.info.offset(span.first))
+            .map_err(|error| self.failed("written", error))
     }
 
     fn place_zeroes(&self, span: Span) -> Result<(), DataError> {
         for unit in (span.first..span.end()).filter(|unit| self.placed.contains(*unit)) {
             let offset = self.info.offset(unit);
             let bytes = CLUSTER_SIZE.min(self.info.bytes - offset);
-            self.disk.write_zeroes_at(offset, bytes).map_err(|error| self.failed("written", error))?;
+            self.disk
+                .write_zeroes_at(offset, bytes)
+                .map_err(|error| self.failed("written", error))?;
         }
         Ok(())
     }
 
     fn read(&self, span: Span, out: &mut [u8]) -> Result<(), DataError> {
-        self.disk.read_at(out, self.info.offset(span.first)).map_err(|error| self.failed("read", error))
+        self.disk
+            .read_at(out, self.info.offset(span.first))
+            .map_err(|error| self.failed("read", error))
     }
 
     fn has_library(&self) -> bool {
@@ -64,11 +80,26 @@ impl Sink for DiskSink {
     }
 
     fn place_known(&self, unit: u64, name: &Name) -> Result<bool, DataError> {
-        let bytes = self.info.span_bytes(Span { block: self.info.id, first: unit, count: 1 });
-        let Some(content) = self.library.as_ref().and_then(|library| library.find(name, bytes)) else {
+        let bytes = self.info.span_bytes(Span {
+            block: self.info.id,
+            first: unit,
+            count: 1,
+        });
+        let Some(content) = self
+            .library
+            .as_ref()
+            .and_then(|library| library.find(name, bytes))
+        else {
             return Ok(false);
         };
-        self.place(Span { block: self.info.id, first: unit, count: 1 }, &content)?;
+        self.place(
+            Span {
+                block: self.info.id,
+                first: unit,
+                count: 1,
+            },
+            &content,
+        )?;
         Ok(true)
     }
 }
@@ -89,7 +120,8 @@ impl Library {
         let mut places = HashMap::new();
         let mut cluster = vec![0; CLUSTER_SIZE as usize];
         for area in disk.areas(0..disk.size()) {
-            let area = area.map_err(|error| format!("the base image {} cannot be mapped: {error}", path.display()))?;
+            let area =
+                area.map_err(|error| format!("the base image {} cannot be mapped: {error}", path.display()))?;
             if area.kind != ferry_devices::disk::AreaKind::Data {
                 continue;
             }

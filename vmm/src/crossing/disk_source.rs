@@ -17,12 +17,24 @@ pub struct DiskSource {
 
 impl DiskSource {
     pub fn new(id: BlockId, name: String, disk: Arc<Disk>) -> DiskSource {
-        let info = BlockInfo { id, kind: BlockKind::Disk, name, bytes: disk.size() };
-        DiskSource { notes: Notes::new(info.units()), info, disk }
+        let info = BlockInfo {
+            id,
+            kind: BlockKind::Disk,
+            name,
+            bytes: disk.size(),
+        };
+        DiskSource {
+            notes: Notes::new(info.units()),
+            info,
+            disk,
+        }
     }
 
     fn failed(&self, verb: &str, error: impl std::fmt::Display) -> DataError {
-        DataError::new(format!("the disk image {} could not be {verb}: {error}", self.disk.path().display()))
+        DataError::new(format!(
+            "the disk image {} could not be {verb}: {error}",
+            self.disk.path().display()
+        ))
     }
 }
 
@@ -72,7 +84,9 @@ impl Source for DiskSource {
     }
 
     fn read(&self, span: Span, out: &mut [u8]) -> Result<(), DataError> {
-        self.disk.read_at(out, self.info.offset(span.first)).map_err(|error| self.failed("read", error))
+        self.disk
+            .read_at(out, self.info.offset(span.first))
+            .map_err(|error| self.failed("read", error))
     }
 
     fn find_zeroes(&self, span: Span, zero: &mut [bool]) -> Result<(), DataError> {
@@ -84,7 +98,10 @@ impl Source for DiskSource {
             if area.kind == AreaKind::Data {
                 let first = (area.offset - start) / CLUSTER_SIZE;
                 let last = (area.offset + area.len - start).div_ceil(CLUSTER_SIZE);
-                zero.iter_mut().take(last as usize).skip(first as usize).for_each(|unit| *unit = false);
+                zero.iter_mut()
+                    .take(last as usize)
+                    .skip(first as usize)
+                    .for_each(|unit| *unit = false);
             }
         }
         Ok(())
