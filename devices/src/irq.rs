@@ -43,9 +43,28 @@ pub struct MsiMessage {
 
 /// The message interrupts of one PCI function. Slot n is entry n of its MSI-X table.
 ///
-/// Masking is the PCI function's work: a slot that is masked is `set(slot, None)`, and the function itself keeps
-/// what is pending meanwhile. `trigger` on a slot without a message does nothing.
+/// Masking is the function's work: it does not trigger while masked, and keeps what is pending. `set` installs
+/// what `trigger` sends; without a message, `trigger` does nothing. `set` is dear, `trigger` is cheap.
 pub trait MsiController: Send + Sync {
     fn set(&self, slot: usize, message: Option<MsiMessage>) -> Result<(), DeviceError>;
     fn trigger(&self, slot: usize);
+}
+
+/// Lets a guest's write to an address wake a device without a trip through the vCPU's thread (ioeventfd).
+pub trait NotifyBinder: Send + Sync {
+    /// From now on a write of any width to `address` signals `kick`. If it fails, the write arrives the slow way.
+    fn bind(&self, address: u64, kick: &EventFd) -> Result<(), DeviceError>;
+    /// Undoes a bind of the same address and event.
+    fn unbind(&self, address: u64, kick: &EventFd);
+}
+
+/// For a machine without ioeventfd: every notification takes the slow way.
+pub struct NoBinder;
+
+impl NotifyBinder for NoBinder {
+    fn bind(&self, _address: u64, _kick: &EventFd) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn unbind(&self, _address: u64, _kick: &EventFd) {}
 }

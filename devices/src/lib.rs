@@ -9,6 +9,7 @@ pub mod error;
 pub mod irq;
 pub mod legacy;
 pub mod log_once;
+pub mod pci;
 pub mod ram;
 pub mod records;
 pub mod request;

@@ -1,11 +1,13 @@
 //! What the tests of several devices share: a clock that stands still, recorders for interrupts and requests.
 
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::clock::Clock;
-use crate::irq::IrqLine;
+use crate::error::DeviceError;
+use crate::irq::{IrqLine, MsiController, MsiMessage};
 use crate::request::{MachineEvents, MachineRequest};
 
 /// Remembers what the guest asked for.
@@ -69,5 +71,38 @@ impl Clock for HandClock {
 
     fn wall(&self) -> Duration {
         Duration::from_nanos(self.wall_ns.load(Ordering::SeqCst))
+    }
+}
+
+/// An interrupt controller that remembers what is installed and what was sent.
+#[derive(Default)]
+pub(crate) struct Messages {
+    installed: Mutex<BTreeMap<usize, MsiMessage>>,
+    sent: Mutex<Vec<MsiMessage>>,
+}
+
+impl Messages {
+    pub(crate) fn take(&self) -> Vec<MsiMessage> {
+        std::mem::take(&mut self.sent.lock().unwrap())
+    }
+
+    pub(crate) fn installed(&self) -> usize {
+        self.installed.lock().unwrap().len()
+    }
+}
+
+impl MsiController for Messages {
+    fn set(&self, slot: usize, message: Option<MsiMessage>) -> Result<(), DeviceError> {
+        let mut installed = self.installed.lock().unwrap();
+        match message {
+            Some(message) => installed.insert(slot, message),
+            None => installed.remove(&slot),
+        };
+        Ok(())
+    }
+
+    fn trigger(&self, slot: usize) {
+        let message = self.installed.lock().unwrap().get(&slot).copied();
+        self.sent.lock().unwrap().extend(message);
     }
 }
