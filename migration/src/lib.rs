@@ -8,11 +8,13 @@
 pub mod block;
 pub mod clock;
 mod codec;
+pub mod cost;
 pub mod failure;
 pub mod handover;
 pub mod ledger;
 pub mod link;
 pub mod machine;
+pub mod policy;
 pub mod report;
 pub mod transport;
 pub mod units;

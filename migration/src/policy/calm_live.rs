@@ -1,0 +1,332 @@
+//! `calm-live`: least total cost - late requests, downtime and the price of time - from what is measured.
+//!
+//! In every slice it asks: what does making one more byte clean cost now, and what does it save in the switch?
+//! Copying costs the late requests and the time; a byte stays copied only as far as the copy is faster than
+//! the guest dirties what is clean. Coldest pages go first, so that hot pages are copied last or in the switch.
+//! Where the service's packets go first on the link, what they leave idle is nearly free.
+
+use std::time::Duration;
+
+use super::{Decision, History, Limits, Order, Reason, Throttle, UNLIMITED};
+
+const SLICE: Duration = Duration::from_millis(100);
+const SHORTEST_SLICE: Duration = Duration::from_millis(10);
+/// How much of the cost of stopping now it may cost to wait for a better moment: without and with signs that
+/// the writing changes over time.
+const PATIENCE: f64 = 0.02;
+const PATIENCE_WITH_SIGNS: f64 = 0.25;
+const PAGE: f64 = 4096.0;
+
+/// What one choice of bandwidth does.
+#[derive(Clone, Copy)]
+struct Choice {
+    bandwidth: f64,
+    /// Seconds of outage per second, without the price of time.
+    late: f64,
+    yields: bool,
+}
+
+/// What is known, in wire bytes.
+struct Known {
+    link: f64,
+    remaining: f64,
+    dirty: f64,
+    load: f64,
+    time_price: f64,
+    down: f64,
+}
+
+pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
+    let Some(link) = limits.link(history) else {
+        return (Decision::go_on(UNLIMITED), Reason::Unmeasured);
+    };
+    let ratio = history.wire_ratio();
+    let known = Known {
+        link,
+        remaining: history.remaining_bytes as f64 * ratio,
+        dirty: history.dirty_bytes_per_sec() * ratio,
+        load: load(history, limits),
+        time_price: limits.time_price.max(0.0),
+        down: limits.cost.down(),
+    };
+    let choice = choose(&known, history, limits);
+    let downtime = history.switch_fixed.as_secs_f64() + known.remaining / link;
+    let limit = limits.downtime.as_secs_f64();
+
+    // Worth another slice?
+    let slice = (known.remaining / choice.bandwidth.max(1.0))
+        .clamp(SHORTEST_SLICE.as_secs_f64(), SLICE.as_secs_f64());
+    let after = (known.remaining - choice.bandwidth * slice).max(0.0) + known.dirty * slice;
+    let saved = (known.remaining - after) * (known.down + known.time_price) / link;
+    let spent = (choice.late + known.time_price) * slice;
+    let step_cost = spent / (known.remaining - after).max(1e-9) * PAGE;
+    let stop_cost = (known.down + known.time_price) / link * PAGE;
+    if known.remaining > 0.0 && saved > spent {
+        let (choice, hurry) = hurry(&known, choice, history, limits);
+        let mut decision = copy(choice, slice);
+        decision.slow_writes_bytes_per_sec = slow_writes(history, choice.bandwidth / ratio);
+        let reason = match hurry {
+            Some(left_secs) => Reason::Hurry {
+                left_secs,
+                bandwidth_bytes_per_sec: choice.bandwidth,
+            },
+            None if choice.yields => Reason::TakeWhatIsIdle {
+                bandwidth_bytes_per_sec: choice.bandwidth,
+                service_bytes_per_sec: history.service.map_or(0.0, |s| s.bytes_per_sec),
+                dirty_bytes_per_sec: known.dirty,
+            },
+            None => Reason::StepPays {
+                bandwidth_bytes_per_sec: choice.bandwidth,
+                dirty_bytes_per_sec: known.dirty,
+                late: choice.late,
+                step_cost_secs: step_cost,
+                stop_cost_secs: stop_cost,
+            },
+        };
+        return (decision, reason);
+    }
+    if limits.downtime_is_contract && known.remaining > 0.0 && downtime > limit {
+        return keep_the_contract(&known, history, limits, downtime, limit);
+    }
+    if let Some(wait) = wait(&known, choice, history) {
+        return wait;
+    }
+    let reason = if known.remaining <= 0.0 {
+        Reason::LittleLeft {
+            remaining_bytes: 0,
+            threshold_bytes: 0,
+        }
+    } else {
+        Reason::StepCostsMore {
+            step_cost_secs: step_cost,
+            stop_cost_secs: stop_cost,
+        }
+    };
+    (Decision::switch(), reason)
+}
+
+fn copy(choice: Choice, slice: f64) -> Decision {
+    let bandwidth = if choice.yields {
+        UNLIMITED
+    } else {
+        choice.bandwidth as u64
+    };
+    let mut decision = Decision::go_on(bandwidth);
+    decision.yield_to_service = choice.yields;
+    decision.order = Order::ColdestFirst;
+    decision.fresh = true;
+    decision.ask_again = Duration::from_secs_f64(slice);
+    decision
+}
+
+/// How many requests arrive, against what the SLA says.
+fn load(history: &History, limits: &Limits) -> f64 {
+    let Some(service) = history.service else {
+        return 1.0;
+    };
+    let measured = match (service.requests_per_sec, limits.cost.requests_per_sec()) {
+        (Some(now), Some(said)) => now / said,
+        _ => match limits.cost.offered_bytes_per_sec() {
+            Some(said) if said > 0.0 => service.bytes_per_sec / said,
+            _ => 1.0,
+        },
+    };
+    if measured.is_finite() {
+        measured.max(0.0)
+    } else {
+        1.0
+    }
+}
+
+/// The cheapest bandwidth for the next byte: a reserved one, or what the service leaves idle.
+fn choose(known: &Known, history: &History, limits: &Limits) -> Choice {
+    let reserved = limits
+        .cost
+        .cheapest(known.link, known.dirty, known.time_price, known.load)
+        .map(|(bandwidth, price)| {
+            let choice = Choice {
+                bandwidth,
+                late: limits.cost.at_load(known.link - bandwidth, known.load),
+                yields: false,
+            };
+            (choice, price)
+        });
+    let idle = history.service.and_then(|service| {
+        let delay = service.goes_first?;
+        let bandwidth = known.link - service.bytes_per_sec.max(0.0);
+        let late = limits
+            .cost
+            .at_first_place(known.link, known.load, delay.as_secs_f64());
+        let price = (late + known.time_price) / (bandwidth - known.dirty);
+        (bandwidth > known.dirty).then_some((
+            Choice {
+                bandwidth,
+                late,
+                yields: true,
+            },
+            price,
+        ))
+    });
+    match (reserved, idle) {
+        (Some(r), Some(i)) if i.1 <= r.1 => i.0,
+        (Some(r), _) => r.0,
+        (None, Some(i)) => i.0,
+        // The guest writes faster than the link carries: all of it, and the stop rule decides.
+        (None, None) => Choice {
+            bandwidth: known.link,
+            late: limits.cost.at_load(0.0, known.load),
+            yields: false,
+        },
+    }
+}
+
+/// Faster than is cheapest, if the deadline would pass before the rest is copied.
+fn hurry(known: &Known, choice: Choice, history: &History, limits: &Limits) -> (Choice, Option<f64>) {
+    let Some(deadline) = limits.deadline else {
+        return (choice, None);
+    };
+    let left = deadline.saturating_sub(history.elapsed).as_secs_f64();
+    let room = limits.downtime.as_secs_f64() * known.link;
+    let needed = known.dirty + (known.remaining - room).max(0.0) / left.max(0.01);
+    if needed <= choice.bandwidth {
+        return (choice, None);
+    }
+    let bandwidth = needed.min(known.link);
+    let hurried = Choice {
+        bandwidth,
+        late: limits.cost.at_load(known.link - bandwidth, known.load),
+        yields: false,
+    };
+    (hurried, Some(left))
+}
+
+/// Stopping pays, but the downtime would be longer than promised: faster, or slow the guest, or give up.
+fn keep_the_contract(
+    known: &Known,
+    history: &History,
+    limits: &Limits,
+    downtime: f64,
+    limit: f64,
+) -> (Decision, Reason) {
+    // The dirtying rate once only as much is left as the contract allows.
+    let room = (limit - history.switch_fixed.as_secs_f64()).max(0.0) * known.link;
+    let bandwidth = limits
+        .cost
+        .cheapest(known.link, known.dirty, known.time_price, known.load)
+        .map_or(known.link, |c| c.0)
+        .max((known.dirty * 1.1 + room * 0.1).min(known.link));
+    let choice = Choice {
+        bandwidth,
+        late: limits.cost.at_load(known.link - bandwidth, known.load),
+        yields: false,
+    };
+    let mut decision = copy(choice, SLICE.as_secs_f64());
+    let stalled = super::stall::stalled(history);
+    if let Some(rounds) = stalled {
+        let percent = throttle_for(known, history, limits);
+        if percent > history.throttle_percent {
+            decision.throttle = Throttle {
+                percent,
+                vcpus: writers(history),
+            };
+            let reason = Reason::Throttle {
+                percent,
+                dirty_bytes_per_sec: known.dirty,
+                bandwidth_bytes_per_sec: bandwidth,
+            };
+            return (decision, reason);
+        }
+        if bandwidth >= known.link * 0.99 {
+            let reason = if room <= 0.0 || known.dirty >= known.link {
+                Reason::ContractUnreachable {
+                    dirty_bytes_per_sec: known.dirty,
+                    bandwidth_bytes_per_sec: known.link,
+                    limit_secs: limit,
+                }
+            } else {
+                Reason::Stalled {
+                    rounds,
+                    remaining_bytes: history.remaining_bytes,
+                }
+            };
+            return (Decision::give_up(), reason);
+        }
+        // Not at full speed yet: the contract comes before the service level.
+        decision.bandwidth_bytes_per_sec = known.link as u64;
+    }
+    decision.throttle.percent = history.throttle_percent;
+    decision.throttle.vcpus = writers(history);
+    let reason = Reason::ContractFirst {
+        downtime_secs: downtime,
+        limit_secs: limit,
+        bandwidth_bytes_per_sec: decision.bandwidth_bytes_per_sec as f64,
+    };
+    (decision, reason)
+}
+
+/// How much slower the guest has to write so that the copy gains; in steps of ten, within what is allowed.
+fn throttle_for(known: &Known, history: &History, limits: &Limits) -> u8 {
+    let now = f64::from(100 - history.throttle_percent.min(99)) / 100.0;
+    let free = known.dirty / now;
+    let needed = 1.0 - 0.8 * known.link / free.max(1.0);
+    let step = f64::from(history.throttle_percent) + 10.0;
+    let percent = (needed * 100.0).max(step).clamp(0.0, 99.0) as u8;
+    percent.min(limits.most_throttle_percent)
+}
+
+/// The vCPUs that do most of the writing; all of them if nobody knows.
+fn writers(history: &History) -> Vec<u32> {
+    let total: f64 = history.vcpus.iter().map(|v| v.bytes_per_sec).sum();
+    let mut sorted = history.vcpus.clone();
+    sorted.sort_by(|a, b| b.bytes_per_sec.total_cmp(&a.bytes_per_sec));
+    let mut covered = 0.0;
+    let mut chosen = Vec::new();
+    for vcpu in sorted {
+        if covered >= 0.9 * total {
+            break;
+        }
+        covered += vcpu.bytes_per_sec;
+        chosen.push(vcpu.vcpu);
+    }
+    if total > 0.0 { chosen } else { Vec::new() }
+}
+
+/// Disk writes that come faster than everything can be copied are held to half of the copy.
+fn slow_writes(history: &History, copied_per_sec: f64) -> Option<u64> {
+    let disk = history.disk_dirty_bytes_per_sec;
+    (history.disk_remaining_bytes > 0 && disk > copied_per_sec && super::stall::stalled(history).is_some())
+        .then_some((copied_per_sec / 2.0).max(1.0) as u64)
+}
+
+/// Stopping pays by what is known now. Where the writing changes over time a better moment may come; waiting
+/// for it may cost a small part of what the switch would cost.
+fn wait(known: &Known, choice: Choice, history: &History) -> Option<(Decision, Reason)> {
+    let stop = known.remaining * (known.down + known.time_price) / known.link;
+    let per_sec = known.time_price + choice.late.min(known.time_price);
+    if per_sec <= 0.0 {
+        return None;
+    }
+    let changes = super::stall::writing_changes(history);
+    let share = if changes { PATIENCE_WITH_SIGNS } else { PATIENCE };
+    let patience = stop * share / per_sec;
+    let waited = history.waited.as_secs_f64();
+    let least = history
+        .samples
+        .iter()
+        .map(|s| s.remaining_bytes)
+        .min()
+        .unwrap_or(history.remaining_bytes);
+    let at_a_low = changes && history.remaining_bytes <= least + least / 20;
+    if waited >= patience || patience < SLICE.as_secs_f64() || at_a_low {
+        return None;
+    }
+    let mut decision = copy(choice, SLICE.as_secs_f64());
+    decision.waiting = true;
+    let reason = Reason::WaitForALull {
+        remaining_bytes: history.remaining_bytes,
+        least_bytes: least,
+        waited_secs: waited,
+        patience_secs: patience,
+    };
+    Some((decision, reason))
+}
