@@ -8,6 +8,8 @@ pub struct Acpi {
     ids: [u32; MAX_IDS],
     count: usize,
     pub sleep: Sleep,
+    /// PCI configuration space in memory, 0 if the tables name none.
+    pub ecam: u64,
 }
 
 /// Where to write to turn the machine off, and the sleep type that means off.
@@ -40,6 +42,7 @@ impl Acpi {
             ids: [0; MAX_IDS],
             count: 0,
             sleep: Sleep::Control { port: 0x604, kind: 0 },
+            ecam: 0,
         };
         let root = if root != 0 { root } else { scan().unwrap_or(0) };
         if root == 0 {
@@ -58,6 +61,7 @@ impl Acpi {
             };
             match bytes(at, 4) {
                 b"APIC" => acpi.read_madt(body(at)),
+                b"MCFG" => acpi.ecam = u64_at(body(at), 44 - 36),
                 b"FACP" => acpi.read_fadt(body(at)),
                 _ => {}
             }

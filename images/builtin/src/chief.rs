@@ -3,11 +3,12 @@
 use core::sync::atomic::Ordering::Relaxed;
 
 use crate::crew::{self, Granted, Shift};
+use crate::devices::Devices;
 use crate::info::Info;
 use crate::line::Line;
 use crate::memory::Memory;
 use crate::plan::{End, Plan};
-use crate::work::{Next, gc, spin};
+use crate::work::{Next, disk, gc, spin};
 use crate::{clock, cpu, damage, evidence, gap, power, serial};
 
 const SECOND: u64 = 1_000_000_000;
@@ -17,6 +18,7 @@ pub struct Chief {
     plan: Plan,
     granted: Granted,
     memory: Memory,
+    devices: Devices,
     ram_bytes: u64,
     cpus: usize,
     beat: u64,
@@ -36,12 +38,15 @@ impl Chief {
         let (plan, wrong) = Plan::read(info.command());
         let ram_bytes = info.ram().iter().map(|(from, to)| to - from).sum();
         let mut memory = Memory::new(info.ram());
-        let (shift, granted) = crew::start(&plan, &mut memory, cpus);
+        let devices = Devices::find(&mut memory, cpus);
+        memory.keep_taken();
+        let (shift, granted) = crew::start(&plan, &mut memory, &devices, cpus);
         let now = clock::now(0);
         let mut chief = Chief {
             plan,
             granted,
             memory,
+            devices,
             ram_bytes,
             cpus,
             beat: 0,
@@ -73,6 +78,9 @@ impl Chief {
             if plan.works.gc {
                 l.number("heap", granted.heap_bytes);
             }
+            if plan.works.disk {
+                l.number("disk", granted.disk_bytes);
+            }
             if granted.evidence.is_some() {
                 l.number("pages", granted.pages().count())
                     .number("seed", plan.seed);
@@ -85,9 +93,12 @@ impl Chief {
     pub fn attend(&mut self, now: u64, shift: &mut Shift) -> Next {
         if now >= self.next_beat {
             self.beat += 1;
-            let beat = self.beat;
+            let (beat, disk) = (self.beat, self.plan.works.disk);
             serial::report(|l| {
                 l.word("t", "beat").number("seq", beat).number("ns", now);
+                if disk {
+                    l.number("acked", disk::ACKNOWLEDGED.load(Relaxed));
+                }
             });
             let behind = (now - self.next_beat) / self.plan.heartbeat_ns;
             self.next_beat += (behind + 1) * self.plan.heartbeat_ns;
@@ -140,6 +151,11 @@ impl Chief {
                 l.number("collections", gc::COLLECTIONS.load(Relaxed))
                     .number("major", gc::MAJOR.load(Relaxed));
                 l.number("objects_checked", gc::CHECKED.load(Relaxed));
+            }
+            if works.disk {
+                l.number("acked", disk::ACKNOWLEDGED.load(Relaxed))
+                    .number("records_checked", disk::CHECKED.load(Relaxed));
+                l.number("io_errors", disk::IO_ERRORS.load(Relaxed));
             }
             if works.spin {
                 l.number("spins", spin::ROUNDS.load(Relaxed));
@@ -201,7 +217,7 @@ impl Chief {
             plan.end = self.plan.end;
         }
         shift.workers = &mut [];
-        let (next, granted) = crew::start(&plan, &mut self.memory, self.cpus);
+        let (next, granted) = crew::start(&plan, &mut self.memory, &self.devices, self.cpus);
         (*shift, self.granted, self.plan, self.ready_told) = (next, granted, plan, false);
         self.hello("work", wrong);
     }

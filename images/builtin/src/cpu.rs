@@ -1,7 +1,7 @@
 //! What a vCPU can do: ports, the services of ring 0, its local APIC, sleeping and starting its peers.
 
 use core::arch::asm;
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 pub const MAX_CPUS: usize = 64;
 const LAPIC: u64 = 0xfee0_0000;
@@ -9,6 +9,8 @@ const AP_PAGE: u64 = 0x8000;
 const INTERRUPT_STACK: u64 = 4096;
 const TSS_SIZE: u64 = 128;
 pub const TIMER_VECTOR: u8 = 0x40;
+/// Devices get vectors from here on.
+pub const DEVICE_VECTOR: u8 = 0x50;
 pub const WAKE_VECTOR: u8 = 0x42;
 pub const SERIAL_VECTOR: u8 = 0x41;
 
@@ -24,6 +26,7 @@ unsafe extern "C" {
 
 /// How many vCPUs have arrived in ring 3.
 static ARRIVED: AtomicUsize = AtomicUsize::new(0);
+static APIC_IDS: [AtomicU32; MAX_CPUS] = [const { AtomicU32::new(0) }; MAX_CPUS];
 
 pub fn in8(port: u16) -> u8 {
     let value: u8;
@@ -40,6 +43,18 @@ pub fn out8(port: u16, value: u8) {
 pub fn out16(port: u16, value: u16) {
     // SAFETY: writes a port.
     unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nostack, preserves_flags)) };
+}
+
+pub fn in32(port: u16) -> u32 {
+    let value: u32;
+    // SAFETY: reads a port.
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nostack, nomem, preserves_flags)) };
+    value
+}
+
+pub fn out32(port: u16, value: u32) {
+    // SAFETY: writes a port.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) };
 }
 
 /// All bytes in one string instruction: one exit to the monitor where it can be one.
@@ -140,6 +155,7 @@ impl Cpu {
         lapic_write(0x320, TIMER_VECTOR as u32); // one shot
         let apic_id = lapic_read(0x20) >> 24;
         service(3, 0, 0, 0);
+        APIC_IDS[index].store(apic_id, Ordering::Relaxed);
         ARRIVED.fetch_add(1, Ordering::SeqCst);
         let mut cpu = Cpu {
             index,
@@ -193,6 +209,11 @@ pub fn prepare() {
 pub fn silence_old_controllers() {
     out8(0x21, 0xff);
     out8(0xa1, 0xff);
+}
+
+/// The local APIC ids of the vCPUs that have arrived, by index.
+pub fn apic_id_of(index: usize) -> u32 {
+    APIC_IDS[index % MAX_CPUS].load(Ordering::Relaxed)
 }
 
 /// Starts the vCPUs with these local APIC ids, one after the other; returns how many run in all.

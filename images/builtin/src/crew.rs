@@ -4,11 +4,14 @@ use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 use crate::cpu::{self, MAX_CPUS};
+use crate::devices::{DISK_CPU, Devices};
 use crate::evidence::Evidence;
 use crate::memory::{Memory, PAGE, Pages};
 use crate::pick::{Order, Picker};
-use crate::plan::{Plan, Rate};
+use crate::plan::Plan;
+use crate::virtio::block::{BLOCK, Shared};
 use crate::work::allocator::{Sweeper, Writer};
+use crate::work::disk::Journal;
 use crate::work::gc::{Collector, Root};
 use crate::work::spin::Spinner;
 use crate::work::{Pace, Worker};
@@ -62,11 +65,12 @@ pub struct Granted {
     pub evidence: Option<&'static Evidence>,
     pub heap_bytes: u64,
     pub workers: usize,
+    pub disk_bytes: u64,
 }
 
 /// Ends the shift of all vCPUs, shares out memory and workers anew, and begins the next one. Only the first
 /// vCPU calls it, and its own last shift is over.
-pub fn start(plan: &Plan, memory: &mut Memory, cpus: usize) -> (Shift, Granted) {
+pub fn start(plan: &Plan, memory: &mut Memory, devices: &Devices, cpus: usize) -> (Shift, Granted) {
     if EPOCH.load(Ordering::SeqCst) % 2 == 0 {
         PARKED.store(0, Ordering::SeqCst);
         EPOCH.fetch_add(1, Ordering::SeqCst);
@@ -76,7 +80,7 @@ pub fn start(plan: &Plan, memory: &mut Memory, cpus: usize) -> (Shift, Granted) 
         core::hint::spin_loop();
     }
     memory.give_back_all();
-    let granted = Hiring::new(memory, cpus).hire(plan);
+    let granted = Hiring::new(memory, cpus).hire(plan, devices);
     let epoch = EPOCH.fetch_add(1, Ordering::SeqCst) + 1;
     (take(0, epoch), granted)
 }
@@ -103,11 +107,12 @@ impl<'a> Hiring<'a> {
         }
     }
 
-    fn hire(mut self, plan: &Plan) -> Granted {
+    fn hire(mut self, plan: &Plan, devices: &Devices) -> Granted {
         let mut granted = Granted {
             evidence: None,
             heap_bytes: 0,
             workers: 0,
+            disk_bytes: 0,
         };
         if plan.works.gc {
             granted.heap_bytes = self.hire_collectors(plan);
@@ -125,6 +130,10 @@ impl<'a> Hiring<'a> {
         }
         if plan.works.allocator {
             granted.evidence = self.hire_allocator(plan);
+        }
+        if let (true, Some(disk)) = (plan.works.disk, devices.disk) {
+            granted.disk_bytes = disk.with(|d| d.blocks) * BLOCK;
+            self.hire_journal(plan, disk);
         }
         for (index, (list, used)) in LISTS.iter().enumerate() {
             let first = self.lists[index]
@@ -190,11 +199,7 @@ impl<'a> Hiring<'a> {
         let evidence: &'static Evidence =
             place[0].write(Evidence::new(pages, expected, plan.seed, plan.random_percent));
         for index in 0..self.cpus {
-            let pace = match plan.check {
-                Rate::Off => Some(Pace::new(0)),
-                Rate::PerSecond(rate) => Some(Pace::new(rate.saturating_mul(1_000_000) / self.cpus as u64)),
-                Rate::Max => None,
-            };
+            let pace = Pace::of(plan.check, self.cpus as u64);
             self.place(index, Worker::Sweeper(Sweeper { evidence, pace }));
         }
         if plan.classes[0].is_some() {
@@ -215,11 +220,7 @@ impl<'a> Hiring<'a> {
         let set = (evidence.pages.count() * plan.wws_percent / 100).max(1);
         let each = (set / writers).max(1);
         for writer in 0..writers.min(set) {
-            let pace = match plan.rate {
-                Rate::Off => return,
-                Rate::PerSecond(rate) => Some(Pace::new(rate.saturating_mul(1_000_000) / writers)),
-                Rate::Max => None,
-            };
+            let pace = Pace::of(plan.rate, writers);
             let picker = Picker::new(plan.order, each, plan.seed ^ writer);
             let writer_of = Writer {
                 evidence,
@@ -229,6 +230,16 @@ impl<'a> Hiring<'a> {
                 whole: plan.whole_pages,
             };
             self.place(writer as usize, Worker::Writer(writer_of));
+        }
+    }
+
+    fn hire_journal(&mut self, plan: &Plan, disk: &'static Shared) {
+        let room = disk.with(|d| d.blocks).saturating_sub(1);
+        let capacity = (plan.journal.unwrap_or(64 * MIB) / BLOCK).min(room);
+        if capacity > 0 {
+            let pace = Pace::of(plan.records, 1);
+            let journal = Journal::new(disk, capacity, plan.seed, plan.journal_new, plan.group, pace);
+            self.place(DISK_CPU, Worker::Journal(journal));
         }
     }
 

@@ -78,6 +78,11 @@ impl Memory {
         self.free.count * PAGE
     }
 
+    /// What is taken now is taken for good.
+    pub fn keep_taken(&mut self) {
+        self.all = self.free;
+    }
+
     pub fn give_back_all(&mut self) {
         self.free = self.all;
     }

@@ -24,6 +24,16 @@ pub struct Works {
     pub spin: bool,
     pub allocator: bool,
     pub gc: bool,
+    pub disk: bool,
+}
+
+impl Works {
+    const NONE: Works = Works {
+        spin: false,
+        allocator: false,
+        gc: false,
+        disk: false,
+    };
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,6 +77,11 @@ pub struct Plan {
     pub whole_pages: bool,
     pub check: Rate,
     pub seed: u64,
+    /// Size of a new journal; None: 64 MiB or what the disk has.
+    pub journal: Option<u64>,
+    pub journal_new: bool,
+    pub records: Rate,
+    pub group: usize,
     pub classes: [Option<Class>; MAX_CLASSES],
 }
 
@@ -77,11 +92,7 @@ impl Plan {
     /// Reads a plan; whatever is wrong keeps its default and is named.
     pub fn read(text: &str) -> (Plan, Wrong<'_>) {
         let mut plan = Plan {
-            works: Works {
-                spin: false,
-                allocator: false,
-                gc: false,
-            },
+            works: Works::NONE,
             heartbeat_ns: 100_000_000,
             run_ns: None,
             end: End::PowerOff,
@@ -95,6 +106,10 @@ impl Plan {
             whole_pages: true,
             check: Rate::PerSecond(20_000),
             seed: 1,
+            journal: None,
+            journal_new: false,
+            records: Rate::PerSecond(200),
+            group: 8,
             classes: [None; MAX_CLASSES],
         };
         let mut wrong = None;
@@ -135,6 +150,10 @@ impl Plan {
             "check" => self.check = rate(value)?,
             "seed" => self.seed = value.parse().ok()?,
             "classes" => self.classes = classes(value)?,
+            "journal" if value == "new" => self.journal_new = true,
+            "journal" => self.journal = Some(size_bytes(value)?),
+            "records" => self.records = rate(value)?,
+            "group" => self.group = value.parse().ok().filter(|n| (1..=16).contains(n))?,
             "cpus" => _ = value.parse::<u32>().ok()?,
             _ => return None,
         }
@@ -147,17 +166,14 @@ fn choice(value: &str, names: [&str; 2]) -> Option<usize> {
 }
 
 fn works(value: &str) -> Option<Works> {
-    let mut works = Works {
-        spin: false,
-        allocator: false,
-        gc: false,
-    };
+    let mut works = Works::NONE;
     for name in value.split('+') {
         match name {
             "idle" => {}
             "spin" => works.spin = true,
             "allocator" => works.allocator = true,
             "gc" => works.gc = true,
+            "disk" => works.disk = true,
             _ => return None,
         }
     }

@@ -21,6 +21,7 @@ fn first() -> ! {
     let info = Info::read();
     let acpi = Acpi::read(info.rsdp);
     power::remember(acpi.sleep);
+    crate::pci::begin(acpi.ecam);
     cpu::route_io_interrupt(4, cpu::SERIAL_VECTOR);
     let asked = orders::value(info.command(), "cpus")
         .and_then(|n| n.parse().ok())

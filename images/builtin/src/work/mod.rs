@@ -1,8 +1,11 @@
 //! The workloads: each is cut into short steps, so that whoever runs them can do other things in between.
 
 pub mod allocator;
+pub mod disk;
 pub mod gc;
 pub mod spin;
+
+use crate::plan::Rate;
 
 /// When a worker wants to run again.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -17,6 +20,7 @@ pub enum Worker {
     Sweeper(allocator::Sweeper),
     Collector(gc::Collector),
     Spinner(spin::Spinner),
+    Journal(disk::Journal),
 }
 
 impl Worker {
@@ -27,6 +31,7 @@ impl Worker {
             Worker::Sweeper(w) => w.step(now),
             Worker::Collector(w) => w.step(now),
             Worker::Spinner(w) => w.step(now),
+            Worker::Journal(w) => w.step(now),
         }
     }
 }
@@ -44,6 +49,15 @@ const QUANTUM_NS: u64 = 4_000_000;
 const LONGEST_CATCH_UP_NS: u64 = 100_000_000;
 
 impl Pace {
+    /// None: as fast as it goes.
+    pub fn of(rate: Rate, parts: u64) -> Option<Pace> {
+        match rate {
+            Rate::Off => Some(Pace::new(0)),
+            Rate::PerSecond(rate) => Some(Pace::new(rate.saturating_mul(1_000_000) / parts)),
+            Rate::Max => None,
+        }
+    }
+
     pub fn new(per_second_micro: u64) -> Pace {
         Pace {
             per_second_micro,
