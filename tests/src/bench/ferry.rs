@@ -102,8 +102,9 @@ pub fn cross(ferry: &Path, dir: &Path, scenario: &Scenario, flavour: &Flavour) -
         .ok()
         .and_then(|text| serde_json::from_slice(&text).ok())
         .unwrap_or_default();
-    let before = timeline.write_rate(started - scenario.warm_up, started);
-    let during = timeline.write_rate(started, ended.max(started + Duration::from_secs(2)));
+    std::thread::sleep(Duration::from_millis(1200));
+    let before = timeline.write_rate(started - scenario.warm_up.mul_f64(0.6), started);
+    let during = timeline.write_rate(started, ended);
     Ok(Outcome {
         contestant: format!("ferry{}", flavour.name),
         completed: status.success(),

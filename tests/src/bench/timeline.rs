@@ -68,15 +68,16 @@ impl Timeline {
             .unwrap_or(to - from)
     }
 
-    /// Pages written per second in the window, from the guest's own counters and the outside clock.
+    /// Pages written per second over the window, from the last summary before it to the first one after it, by the
+    /// guest's own counters and the outside clock.
     pub fn write_rate(&self, from: Instant, to: Instant) -> Option<f64> {
-        let inside: Vec<_> = self
+        let sums: Vec<_> = self
             .of("sum")
             .into_iter()
-            .filter(|(seen, _)| *seen >= from && *seen <= to)
             .filter_map(|(seen, line)| Some((seen, pages_written(&line)?)))
             .collect();
-        let (first, last) = (inside.first()?, inside.last()?);
+        let first = sums.iter().rev().find(|(seen, _)| *seen <= from)?;
+        let last = sums.iter().find(|(seen, _)| *seen >= to)?;
         let seconds = (last.0 - first.0).as_secs_f64();
         (seconds > 0.5).then(|| (last.1 - first.1) / seconds)
     }
@@ -90,7 +91,7 @@ impl Timeline {
 fn pages_written(line: &Value) -> Option<f64> {
     match line {
         Value::Object(fields) => fields.iter().find_map(|(name, value)| {
-            if name == "written" {
+            if name == "writes" {
                 value.as_f64()
             } else {
                 pages_written(value)
