@@ -117,35 +117,74 @@ impl io::Write for Hub {
     }
 }
 
-/// Waits for output; None after the hub was closed and everything was read.
-impl Iterator for Reader {
-    type Item = Chunk;
+/// What waiting for output came to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    Chunk(Chunk),
+    /// Nothing was written in that time.
+    Quiet,
+    /// The hub was closed and everything was read.
+    End,
+}
 
-    fn next(&mut self) -> Option<Chunk> {
-        let mut output = self.hub.lock();
-        output.idle_readers += 1;
-        while output.end == self.at && !output.closed {
-            output = self
-                .hub
-                .0
-                .written
-                .wait(output)
-                .unwrap_or_else(PoisonError::into_inner);
+impl Reader {
+    /// Begins at most so many bytes before the end, at the beginning of a line where there is one.
+    pub fn skip_to_last(&mut self, bytes: usize) {
+        let output = self.hub.lock();
+        let excess = output.history.len().saturating_sub(bytes);
+        if excess > 0 {
+            let after_line = output
+                .history
+                .iter()
+                .skip(excess)
+                .position(|b| *b == b'\n')
+                .map_or(0, |n| n + 1);
+            self.at = output.end - output.history.len() as u64 + (excess + after_line) as u64;
         }
-        output.idle_readers -= 1;
-        if output.history.back() != Some(&b'\n') && !output.closed {
-            let waited = self.hub.0.written.wait_timeout(output, LINE_LINGER);
+    }
+
+    pub fn wait(&mut self, limit: Duration) -> Next {
+        let mut output = self.hub.lock();
+        let written = &self.hub.0.written;
+        if output.end == self.at && !output.closed {
+            output.idle_readers += 1;
+            let nothing = |output: &mut Output| output.end == self.at && !output.closed;
+            let waited = written.wait_timeout_while(output, limit, nothing);
             output = waited.unwrap_or_else(PoisonError::into_inner).0;
+            output.idle_readers -= 1;
+            if output.end == self.at {
+                return if output.closed { Next::End } else { Next::Quiet };
+            }
         }
         if output.end == self.at {
-            return None;
+            return Next::End;
+        }
+        if output.history.back() != Some(&b'\n') && !output.closed {
+            output = written
+                .wait_timeout(output, LINE_LINGER)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         let start = output.end - output.history.len() as u64;
         let lost = start.saturating_sub(self.at);
         let skip = self.at.saturating_sub(start) as usize;
         let bytes = output.history.iter().skip(skip).copied().collect();
         self.at = output.end;
-        Some(Chunk { lost, bytes })
+        Next::Chunk(Chunk { lost, bytes })
+    }
+}
+
+impl Iterator for Reader {
+    type Item = Chunk;
+
+    fn next(&mut self) -> Option<Chunk> {
+        loop {
+            match self.wait(Duration::from_secs(3600)) {
+                Next::Chunk(chunk) => return Some(chunk),
+                Next::Quiet => {}
+                Next::End => return None,
+            }
+        }
     }
 }
 
@@ -166,6 +205,18 @@ mod tests {
         assert_eq!(hub.reader().next().unwrap().bytes, b"one\ntwo\n");
         hub.close();
         assert_eq!(early.next(), None);
+    }
+
+    #[test]
+    fn a_visitor_gets_the_last_lines_only() {
+        let mut hub = Hub::default();
+        hub.write_all(b"first line\nsecond line\nlogin: ").unwrap();
+        let mut visitor = hub.reader();
+        visitor.skip_to_last(25);
+        assert_eq!(visitor.next().unwrap().bytes, b"second line\nlogin: ");
+        assert_eq!(visitor.wait(Duration::from_millis(1)), Next::Quiet);
+        hub.close();
+        assert_eq!(visitor.wait(Duration::from_secs(60)), Next::End);
     }
 
     #[test]

@@ -1,0 +1,170 @@
+//! What each request does. Verbs of a machine block, so they run on blocking threads.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State as Shared;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::de::DeserializeOwned;
+use tokio::sync::broadcast::error::RecvError;
+
+use super::api::{
+    ErrorBody, Event, MAX_PULSES, MachineInfo, PulseReport, PulseRequest, Want, WantState, What,
+};
+use super::lines;
+use super::server::Control;
+use crate::error::MachineError;
+use crate::lifecycle::{State, StopReason};
+
+/// A refusal: a status and one sentence.
+#[derive(Debug)]
+pub(super) struct ApiError(pub StatusCode, pub String);
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        (self.0, Json(ErrorBody { error: self.1 })).into_response()
+    }
+}
+
+impl From<MachineError> for ApiError {
+    fn from(error: MachineError) -> ApiError {
+        let status = match &error {
+            MachineError::Config(_) => StatusCode::BAD_REQUEST,
+            MachineError::State(_) => StatusCode::CONFLICT,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        ApiError(status, error.to_string())
+    }
+}
+
+type Answer<T> = Result<Json<T>, ApiError>;
+
+/// curl says that a body is a form unless told otherwise, so the content type is not asked about.
+fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, ApiError> {
+    serde_json::from_slice(body).map_err(|error| {
+        ApiError(
+            StatusCode::BAD_REQUEST,
+            format!("the request is not understood: {error}"),
+        )
+    })
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        Err(ApiError(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("the request broke: {error}"),
+        ))
+    })
+}
+
+fn info(control: &Control) -> MachineInfo {
+    MachineInfo {
+        name: control.name.clone(),
+        pid: std::process::id(),
+        ferry: env!("CARGO_PKG_VERSION").to_owned(),
+        uptime_seconds: control.since.elapsed().as_secs_f64(),
+        machine: control.machine.info(),
+    }
+}
+
+pub(super) async fn get_machine(Shared(control): Shared<Arc<Control>>) -> Answer<MachineInfo> {
+    blocking(move || Ok(Json(info(&control)))).await
+}
+
+pub(super) async fn put_state(Shared(control): Shared<Arc<Control>>, body: Bytes) -> Answer<MachineInfo> {
+    let WantState { want } = parse(&body)?;
+    blocking(move || {
+        let machine = &control.machine;
+        match (want, machine.state()) {
+            // Asking twice is not a mistake.
+            (Want::Paused, State::Paused) | (Want::Running, State::Running) => {}
+            (Want::Paused, _) => {
+                machine.pause()?;
+            }
+            (Want::Running, _) => machine.resume()?,
+            (Want::Stopped, State::Paused) => {
+                let sentence =
+                    "the machine is paused and cannot hear its power button; resume it first, or kill it";
+                return Err(ApiError(StatusCode::CONFLICT, sentence.to_owned()));
+            }
+            (Want::Stopped, _) => machine.power_button()?,
+            (Want::Killed, _) => machine.stop(StopReason::Requested)?,
+        }
+        Ok(Json(info(&control)))
+    })
+    .await
+}
+
+/// Set when the client has gone away, so that nobody pulses a machine for no one.
+struct Abandoned(Arc<AtomicBool>);
+
+impl Drop for Abandoned {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+pub(super) async fn post_pulse(Shared(control): Shared<Arc<Control>>, body: Bytes) -> Answer<PulseReport> {
+    let PulseRequest { count } = if body.is_empty() {
+        PulseRequest::default()
+    } else {
+        parse(&body)?
+    };
+    if count == 0 || count > MAX_PULSES {
+        let sentence = format!("count is between 1 and {MAX_PULSES}, {count} was asked for");
+        return Err(ApiError(StatusCode::BAD_REQUEST, sentence));
+    }
+    let abandoned = Abandoned(Arc::default());
+    let is_abandoned = abandoned.0.clone();
+    let report = blocking(move || {
+        let mut stood_still = Vec::new();
+        while stood_still.len() < count as usize && !is_abandoned.load(Ordering::Relaxed) {
+            stood_still.push(control.machine.pulse()?);
+        }
+        let none = || ApiError(StatusCode::INTERNAL_SERVER_ERROR, "no pulse was made".to_owned());
+        let report = PulseReport::of(stood_still).ok_or_else(none)?;
+        control.tell(What::Pulses(report));
+        Ok(report)
+    })
+    .await?;
+    drop(abandoned);
+    Ok(Json(report))
+}
+
+/// The state as it is, then everything that happens, until the machine's end.
+pub(super) async fn get_events(Shared(control): Shared<Arc<Control>>) -> Response {
+    let (sender, response) = lines::response();
+    tokio::spawn(async move {
+        let mut states = control.machine.watch();
+        let mut others = control.events.subscribe();
+        loop {
+            let state = states.borrow_and_update().clone();
+            let last = state.is_final();
+            if !sender.send(&Event::now(What::State(state))).await || last {
+                return;
+            }
+            loop {
+                tokio::select! {
+                    changed = states.changed() => match changed {
+                        Ok(()) => break,
+                        Err(_) => return,
+                    },
+                    other = others.recv() => match other {
+                        Ok(event) => if !sender.send(&event).await { return },
+                        // A client that does not read loses the oldest.
+                        Err(RecvError::Lagged(_)) => {}
+                        Err(RecvError::Closed) => return,
+                    },
+                    () = sender.closed() => return,
+                }
+            }
+        }
+    });
+    response
+}
