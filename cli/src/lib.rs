@@ -1,1 +1,3 @@
 //! The command line: ferry run, list, info, migrate and the rest.
+
+pub mod ssh;
