@@ -3,7 +3,6 @@
 pub mod bus;
 pub mod clock;
 pub mod console_io;
-#[allow(dead_code)] // The block device comes next and uses the rest.
 pub mod disk;
 pub mod error;
 pub mod irq;
