@@ -8,7 +8,7 @@ use crate::info::Info;
 use crate::line::Line;
 use crate::memory::Memory;
 use crate::plan::{End, Plan};
-use crate::work::{Next, disk, gc, spin};
+use crate::work::{Next, disk, gc, server, spin};
 use crate::{clock, cpu, damage, evidence, gap, power, serial};
 
 const SECOND: u64 = 1_000_000_000;
@@ -80,6 +80,9 @@ impl Chief {
             }
             if plan.works.disk {
                 l.number("disk", granted.disk_bytes);
+            }
+            if plan.works.network() {
+                l.flag("network", granted.network);
             }
             if granted.evidence.is_some() {
                 l.number("pages", granted.pages().count())
@@ -156,6 +159,14 @@ impl Chief {
                 l.number("acked", disk::ACKNOWLEDGED.load(Relaxed))
                     .number("records_checked", disk::CHECKED.load(Relaxed));
                 l.number("io_errors", disk::IO_ERRORS.load(Relaxed));
+            }
+            if works.network() {
+                l.number("requests", server::REQUESTS.load(Relaxed))
+                    .number("body_bytes", server::BODY_BYTES.load(Relaxed));
+                l.number("calculations", server::CALCULATIONS.load(Relaxed));
+                l.number("announcements", server::ANNOUNCEMENTS.load(Relaxed));
+                l.number("frames_in", server::FRAMES_IN.load(Relaxed))
+                    .number("frames_out", server::FRAMES_OUT.load(Relaxed));
             }
             if works.spin {
                 l.number("spins", spin::ROUNDS.load(Relaxed));

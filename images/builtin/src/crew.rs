@@ -13,6 +13,7 @@ use crate::virtio::block::{BLOCK, Shared};
 use crate::work::allocator::{Sweeper, Writer};
 use crate::work::disk::Journal;
 use crate::work::gc::{Collector, Root};
+use crate::work::server::{Server, Services};
 use crate::work::spin::Spinner;
 use crate::work::{Pace, Worker};
 
@@ -66,6 +67,7 @@ pub struct Granted {
     pub heap_bytes: u64,
     pub workers: usize,
     pub disk_bytes: u64,
+    pub network: bool,
 }
 
 /// Ends the shift of all vCPUs, shares out memory and workers anew, and begins the next one. Only the first
@@ -113,7 +115,11 @@ impl<'a> Hiring<'a> {
             heap_bytes: 0,
             workers: 0,
             disk_bytes: 0,
+            network: false,
         };
+        if plan.works.network() {
+            granted.network = self.hire_server(plan, devices).is_some();
+        }
         if plan.works.gc {
             granted.heap_bytes = self.hire_collectors(plan);
         }
@@ -241,6 +247,24 @@ impl<'a> Hiring<'a> {
             let journal = Journal::new(disk, capacity, plan.seed, plan.journal_new, plan.group, pace);
             self.place(DISK_CPU, Worker::Journal(journal));
         }
+    }
+
+    fn hire_server(&mut self, plan: &Plan, devices: &Devices) -> Option<()> {
+        let (address, prefix) = plan.address?;
+        // SAFETY: all shifts are over, and this is the only server of the next.
+        let net = unsafe { devices.net()? };
+        let services = Services {
+            address,
+            prefix,
+            gateway: plan.gateway,
+            web: plan.works.web,
+            calc: plan.works.calc,
+            connections: plan.connections,
+            body_bytes: plan.body,
+        };
+        let server = Server::new(net, services, self.memory, crate::clock::now(0))?;
+        self.place(devices.net_cpu, Worker::Server(server));
+        Some(())
     }
 
     /// One writer per class of pages, each page of a class equally likely at any time.

@@ -34,6 +34,12 @@ impl Line {
         self
     }
 
+    pub fn flag(&mut self, key: &str, value: bool) -> &mut Self {
+        self.key(key);
+        let _ = self.write_str(if value { "true" } else { "false" });
+        self
+    }
+
     /// Addresses are written as hexadecimal strings, because JSON numbers are not exact above 2^53.
     pub fn hex(&mut self, key: &str, value: u64) -> &mut Self {
         self.key(key);

@@ -12,6 +12,8 @@ mod damage;
 mod devices;
 mod evidence;
 mod gap;
+mod goldbach;
+mod http;
 mod info;
 mod journal;
 mod line;

@@ -68,3 +68,19 @@ pub fn list<T: Copy, const N: usize>(text: &str, read: impl Fn(&str) -> Option<T
     }
     Some(items)
 }
+
+/// `10.0.0.2`
+pub fn address(text: &str) -> Option<[u8; 4]> {
+    let mut address = [0; 4];
+    let mut parts = text.split('.');
+    for byte in &mut address {
+        *byte = parts.next()?.parse().ok()?;
+    }
+    parts.next().is_none().then_some(address)
+}
+
+/// `10.0.0.2/24`; without a prefix, 24.
+pub fn address_and_prefix(text: &str) -> Option<([u8; 4], u8)> {
+    let (text, prefix) = text.split_once('/').unwrap_or((text, "24"));
+    Some((address(text)?, prefix.parse().ok().filter(|p| *p <= 32)?))
+}

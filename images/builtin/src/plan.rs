@@ -1,6 +1,8 @@
 //! The orders as a plan: every key, its meaning and its default. Pure.
 
-use crate::orders::{decimal_micro, duration_ns, list, percent, size_bytes, value};
+use crate::orders::{
+    address, address_and_prefix, decimal_micro, duration_ns, list, percent, size_bytes, value,
+};
 use crate::pick::Order;
 
 pub const MAX_CLASSES: usize = 16;
@@ -25,6 +27,9 @@ pub struct Works {
     pub allocator: bool,
     pub gc: bool,
     pub disk: bool,
+    pub web: bool,
+    pub calc: bool,
+    pub ping: bool,
 }
 
 impl Works {
@@ -33,7 +38,15 @@ impl Works {
         allocator: false,
         gc: false,
         disk: false,
+        web: false,
+        calc: false,
+        ping: false,
     };
+
+    /// Whether any of it needs the network.
+    pub fn network(self) -> bool {
+        self.web || self.calc || self.ping
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,6 +95,10 @@ pub struct Plan {
     pub journal_new: bool,
     pub records: Rate,
     pub group: usize,
+    pub address: Option<([u8; 4], u8)>,
+    pub gateway: Option<[u8; 4]>,
+    pub body: u64,
+    pub connections: usize,
     pub classes: [Option<Class>; MAX_CLASSES],
 }
 
@@ -110,6 +127,10 @@ impl Plan {
             journal_new: false,
             records: Rate::PerSecond(200),
             group: 8,
+            address: None,
+            gateway: None,
+            body: 1 << 20,
+            connections: 16,
             classes: [None; MAX_CLASSES],
         };
         let mut wrong = None;
@@ -154,6 +175,10 @@ impl Plan {
             "journal" => self.journal = Some(size_bytes(value)?),
             "records" => self.records = rate(value)?,
             "group" => self.group = value.parse().ok().filter(|n| (1..=16).contains(n))?,
+            "ip" => self.address = Some(address_and_prefix(value)?),
+            "gw" => self.gateway = Some(address(value)?),
+            "body" => self.body = size_bytes(value)?,
+            "connections" => self.connections = value.parse().ok().filter(|n| (1..=128).contains(n))?,
             "cpus" => _ = value.parse::<u32>().ok()?,
             _ => return None,
         }
@@ -174,6 +199,9 @@ fn works(value: &str) -> Option<Works> {
             "allocator" => works.allocator = true,
             "gc" => works.gc = true,
             "disk" => works.disk = true,
+            "web" => works.web = true,
+            "calc" => works.calc = true,
+            "ping" => works.ping = true,
             _ => return None,
         }
     }

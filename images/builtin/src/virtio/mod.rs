@@ -1,6 +1,7 @@
 //! Modern virtio over PCI: finding a device, agreeing on features, queues with MSI-X.
 
 pub mod block;
+pub mod net;
 pub mod queue;
 
 use core::sync::atomic::{AtomicU8, Ordering, fence};

@@ -3,6 +3,7 @@
 pub mod allocator;
 pub mod disk;
 pub mod gc;
+pub mod server;
 pub mod spin;
 
 use crate::plan::Rate;
@@ -21,6 +22,7 @@ pub enum Worker {
     Collector(gc::Collector),
     Spinner(spin::Spinner),
     Journal(disk::Journal),
+    Server(server::Server),
 }
 
 impl Worker {
@@ -32,6 +34,7 @@ impl Worker {
             Worker::Collector(w) => w.step(now),
             Worker::Spinner(w) => w.step(now),
             Worker::Journal(w) => w.step(now),
+            Worker::Server(w) => w.step(now),
         }
     }
 }
