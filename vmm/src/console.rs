@@ -54,6 +54,12 @@ impl Hub {
         *self.0.input.lock().unwrap_or_else(PoisonError::into_inner) = Some(input);
     }
 
+    /// No device takes input until the next `attach`. A device holds its hub and the hub its device: without this neither
+    /// would ever be dropped.
+    pub fn detach(&self) {
+        *self.0.input.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Gives bytes to the guest, waiting while it has no room. False: the hub was closed before all were taken.
     pub fn push(&self, mut bytes: &[u8]) -> bool {
         while !bytes.is_empty() {

@@ -1,0 +1,3 @@
+//! What the guest's CPUs can do: CPUID filtered by a template, and the description that a crossing compares.
+
+pub mod cpuid;

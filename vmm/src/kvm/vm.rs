@@ -1,0 +1,93 @@
+//! A virtual machine as KVM sees it: interrupt chips and memory slots, nothing that runs.
+#![allow(unsafe_code)] // plugging memory into KVM
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use ferry_devices::ram::Ram;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config};
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::error::{Doing, MachineError, Result};
+use crate::kvm::{Capabilities, raw};
+use crate::layout;
+
+/// The VM and the memory plugged into it; the memory lives at least as long.
+pub struct Vm {
+    pub fd: VmFd,
+    pub ram: Ram,
+    /// One bit per slot whose dirty log is on.
+    logging: AtomicU32,
+}
+
+impl Vm {
+    /// Makes a VM over memory that exists already (and may have been in another VM before: a pulse does that).
+    pub fn create(kvm: &Kvm, caps: &Capabilities, ram: &Ram) -> Result<Arc<Vm>> {
+        let fd = loop {
+            match kvm.create_vm() {
+                Err(e) if e.errno() == libc::EINTR => {}
+                other => break other.doing("create a virtual machine")?,
+            }
+        };
+        if caps.manual_dirty_protect != 0 {
+            // Before the memory is plugged in: a slot that exists already would begin with an empty log instead of
+            // a full one, and the first round of a crossing would send nothing.
+            let mut cap = kvm_enable_cap {
+                cap: kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                ..Default::default()
+            };
+            cap.args[0] = u64::from(caps.manual_dirty_protect);
+            fd.enable_cap(&cap).doing("enable manual dirty-log protection")?;
+        }
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .doing("place the identity map")?;
+        fd.set_tss_address(layout::KVM_TSS as usize)
+            .doing("place the TSS")?;
+        fd.create_irq_chip().doing("create the interrupt controllers")?;
+        if caps.pit2 {
+            let pit = kvm_pit_config {
+                flags: KVM_PIT_SPEAKER_DUMMY,
+                ..Default::default()
+            };
+            fd.create_pit2(pit).doing("create the PIT")?;
+        }
+        let vm = Vm {
+            fd,
+            ram: ram.clone(),
+            logging: AtomicU32::new(0),
+        };
+        (0..).zip(ram.iter()).try_for_each(|(slot, _)| vm.plug(slot, 0))?;
+        Ok(Arc::new(vm))
+    }
+
+    /// Switches the log of a slot on or off.
+    pub fn log_dirty_pages(&self, slot: u32, on: bool) -> Result<()> {
+        self.plug(slot, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })?;
+        let bit = 1u32.checked_shl(slot).unwrap_or(0);
+        if on {
+            self.logging.fetch_or(bit, Ordering::AcqRel)
+        } else {
+            self.logging.fetch_and(!bit, Ordering::AcqRel)
+        };
+        Ok(())
+    }
+
+    /// Whether any slot's log is on: then nobody may take the memory to another VM, whose log would be empty.
+    pub fn is_logging(&self) -> bool {
+        self.logging.load(Ordering::Acquire) != 0
+    }
+
+    fn plug(&self, slot: u32, flags: u32) -> Result<()> {
+        let Some(region) = self.ram.iter().nth(slot as usize) else {
+            return Err(MachineError::Host(format!(
+                "the machine has no memory slot {slot}"
+            )));
+        };
+        let guest = region.start_addr().0;
+        // SAFETY: the mapping belongs to `self.ram`, which is dropped after `self.fd` (declaration order); a VM without
+        // its file descriptor and vCPUs touches no memory. vCPUs hold an `Arc` of this VM.
+        unsafe { raw::set_memory(&self.fd, slot, guest, region.len(), region.as_ptr() as u64, flags) }
+            .doing(format!("plug in guest memory at {guest:#x}"))
+    }
+}

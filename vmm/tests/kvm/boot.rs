@@ -1,0 +1,58 @@
+//! Booting the built-in guest, and how it ends.
+
+use std::time::Duration;
+
+use ferry_vmm::lifecycle::State;
+
+use crate::harness::{Guest, config, skip};
+
+#[test]
+fn the_guest_boots_and_beats_on_1_2_and_4_cpus() {
+    if skip() {
+        return;
+    }
+    for cpus in [1, 2, 4] {
+        let begun = std::time::Instant::now();
+        let mut guest = Guest::start(&config(cpus, "work=idle heartbeat=20ms"));
+        let first = guest.beat();
+        eprintln!("{cpus} CPUs: first heartbeat after {:?}", begun.elapsed());
+        for _ in 0..5 {
+            guest.beat();
+        }
+        assert_eq!(guest.beat(), first + 6, "a heartbeat was lost");
+    }
+}
+
+#[test]
+fn pause_stops_every_cpu_quickly_and_resume_goes_on() {
+    if skip() {
+        return;
+    }
+    for work in ["idle", "spin"] {
+        let mut guest = Guest::start(&config(4, &format!("work={work} heartbeat=20ms")));
+        guest.beat();
+        let mut pauses: Vec<Duration> = Vec::new();
+        for _ in 0..50 {
+            pauses.push(guest.machine.pause().unwrap());
+            assert_eq!(guest.machine.state(), State::Paused);
+            guest.machine.resume().unwrap();
+            guest.beat();
+        }
+        pauses.sort();
+        let (median, worst) = (pauses[pauses.len() / 2], pauses[pauses.len() - 1]);
+        eprintln!("pausing 4 CPUs ({work}): median {median:?}, worst {worst:?}");
+        assert!(median < Duration::from_millis(50), "median {median:?}");
+        guest.machine.pause().unwrap();
+        let before = guest.drain();
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(guest.drain(), 0, "a paused guest spoke (before: {before})");
+        assert!(
+            guest
+                .machine
+                .pause()
+                .unwrap_err()
+                .to_string()
+                .contains("it is paused")
+        );
+    }
+}

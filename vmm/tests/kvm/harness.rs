@@ -1,0 +1,174 @@
+//! What every test here needs: a machine with the built-in guest, and its serial output as lines.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use ferry_vmm::config::MachineConfig;
+use ferry_vmm::lifecycle::State;
+use ferry_vmm::machine::{Machine, Wiring};
+use ferry_vmm::size::ByteSize;
+
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// True when the test cannot run here and may say so.
+pub(crate) fn skip() -> bool {
+    match ferry_vmm::kvm::open() {
+        Ok(_) => false,
+        Err(error) => {
+            assert!(
+                std::env::var_os("FERRY_TESTS_MUST_RUN").is_none(),
+                "this test must run: {error}"
+            );
+            eprintln!("skipped: {error}");
+            true
+        }
+    }
+}
+
+pub(crate) struct Guest {
+    pub(crate) machine: Machine,
+    lines: Receiver<String>,
+    seen: Vec<String>,
+}
+
+pub(crate) fn config(cpus: u32, cmdline: &str) -> MachineConfig {
+    MachineConfig {
+        cpus,
+        memory: ByteSize(128 << 20),
+        cmdline: cmdline.into(),
+        ..MachineConfig::default()
+    }
+}
+
+impl Guest {
+    pub(crate) fn start(config: &MachineConfig) -> Guest {
+        let guest = Guest::create(config);
+        guest.machine.start().unwrap();
+        guest
+    }
+
+    pub(crate) fn create(config: &MachineConfig) -> Guest {
+        let wiring = Wiring::default();
+        let machine = Machine::create(config, &wiring).unwrap();
+        let (sender, lines) = channel();
+        let reader = wiring.serial.reader();
+        std::thread::spawn(move || {
+            let mut rest = Vec::new();
+            for chunk in reader {
+                assert_eq!(chunk.lost, 0, "the reader was too slow");
+                rest.extend(chunk.bytes);
+                while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                    let line: Vec<u8> = rest.drain(..=end).collect();
+                    let _ = sender.send(String::from_utf8_lossy(&line).trim_end().to_owned());
+                }
+            }
+        });
+        Guest {
+            machine,
+            lines,
+            seen: Vec::new(),
+        }
+    }
+
+    /// The next line of the guest for which `wanted` holds. Damage is never overlooked.
+    pub(crate) fn line(&mut self, wanted: impl Fn(&str) -> bool) -> String {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self
+                .lines
+                .recv_timeout(end.saturating_duration_since(Instant::now()))
+            {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if wanted(&line) {
+                        return line;
+                    }
+                    assert!(
+                        !line.contains(r#""t":"damage""#),
+                        "the guest found damage: {line}"
+                    );
+                }
+                Err(RecvTimeoutError::Timeout) => self.give_up("the guest did not say what was waited for"),
+                Err(RecvTimeoutError::Disconnected) => self.give_up("the console was closed"),
+            }
+        }
+    }
+
+    /// Forgets the lines that are there already and says how many.
+    pub(crate) fn drain(&mut self) -> usize {
+        // A byte of the last line may still be on its way through the hub's reader.
+        std::thread::sleep(Duration::from_millis(30));
+        self.lines.try_iter().count()
+    }
+
+    fn give_up(&self, why: &str) -> ! {
+        let tail = self
+            .seen
+            .iter()
+            .rev()
+            .take(20)
+            .rev()
+            .cloned()
+            .collect::<Vec<_>>()
+            .join("\n");
+        panic!(
+            "{why}; the machine is {}; last lines:\n{tail}",
+            self.machine.state()
+        );
+    }
+
+    pub(crate) fn beat(&mut self) -> u64 {
+        let line = self.line(|line| line.contains(r#""t":"beat""#));
+        number(&line, "seq")
+    }
+
+    pub(crate) fn end(&self) -> State {
+        self.machine
+            .wait(State::is_final, PATIENCE)
+            .unwrap_or_else(|| self.give_up("the machine did not end"))
+    }
+}
+
+/// A number in a flat JSON line.
+pub(crate) fn number(line: &str, key: &str) -> u64 {
+    let at = line
+        .find(&format!("\"{key}\":"))
+        .unwrap_or_else(|| panic!("no {key} in {line}"));
+    let text = &line[at + key.len() + 3..];
+    let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
+    digits
+        .parse()
+        .unwrap_or_else(|_| panic!("{key} is no number in {line}"))
+}
+
+/// A PVH kernel of one segment at 1 MiB whose code is `code`.
+pub(crate) fn tiny_kernel(code: &[u8]) -> Vec<u8> {
+    let mut file = vec![0u8; 0x1000];
+    file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+    file[16..18].copy_from_slice(&2u16.to_le_bytes());
+    file[18..20].copy_from_slice(&62u16.to_le_bytes());
+    file[32..40].copy_from_slice(&64u64.to_le_bytes());
+    file[54..56].copy_from_slice(&56u16.to_le_bytes());
+    file[56..58].copy_from_slice(&2u16.to_le_bytes());
+    let mut header = |at: usize, kind: u32, offset: u64, paddr: u64, size: u64, mem: u64| {
+        file[at..at + 4].copy_from_slice(&kind.to_le_bytes());
+        for (field, value) in [(8, offset), (24, paddr), (32, size), (40, mem)] {
+            file[at + field..at + field + 8].copy_from_slice(&value.to_le_bytes());
+        }
+    };
+    header(
+        64,
+        1,
+        0x1000,
+        0x10_0000,
+        code.len() as u64,
+        0x1000.max(code.len() as u64),
+    );
+    header(120, 4, 0x200, 0, 20, 20);
+    for (at, value) in [(0x200, 4u32), (0x204, 4), (0x208, 18), (0x210, 0x10_0000)] {
+        file[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    }
+    file[0x20c..0x210].copy_from_slice(b"Xen\0");
+    file.extend_from_slice(code);
+    file
+}
