@@ -142,7 +142,7 @@ impl Throttle {
     }
 }
 
-fn change(bucket: &mut Option<Bucket>, rate: Option<NonZeroU64>, now: Duration) {
+pub(crate) fn change(bucket: &mut Option<Bucket>, rate: Option<NonZeroU64>, now: Duration) {
     *bucket = match (bucket.take(), rate) {
         (_, None) => None,
         (None, Some(rate)) => Some(Bucket::new(rate, now)),
@@ -150,11 +150,11 @@ fn change(bucket: &mut Option<Bucket>, rate: Option<NonZeroU64>, now: Duration) 
     };
 }
 
-fn wait(bucket: &mut Option<Bucket>, now: Duration) -> Duration {
+pub(crate) fn wait(bucket: &mut Option<Bucket>, now: Duration) -> Duration {
     bucket.as_mut().map_or(Duration::ZERO, |bucket| bucket.wait(now))
 }
 
-fn charge(bucket: &mut Option<Bucket>, tokens: u64) {
+pub(crate) fn charge(bucket: &mut Option<Bucket>, tokens: u64) {
     if let Some(bucket) = bucket {
         bucket.charge(tokens);
     }

@@ -8,7 +8,7 @@ mod aligned;
 mod areas;
 pub(crate) mod engine;
 mod error;
-mod limit;
+pub(crate) mod limit;
 mod lock;
 mod options;
 mod probe;

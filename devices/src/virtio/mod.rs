@@ -2,5 +2,6 @@
 
 pub mod block;
 pub mod device;
+pub mod net;
 pub mod serve;
 pub mod worker;
