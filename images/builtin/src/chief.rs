@@ -8,7 +8,7 @@ use crate::info::Info;
 use crate::line::Line;
 use crate::memory::Memory;
 use crate::plan::{End, Plan};
-use crate::work::{Next, disk, gc, server, spin};
+use crate::work::{Next, disk, gc, io, server, spin};
 use crate::{clock, cpu, damage, evidence, gap, power, serial};
 
 const SECOND: u64 = 1_000_000_000;
@@ -27,7 +27,7 @@ pub struct Chief {
     next_sum: u64,
     end_at: Option<u64>,
     ready_told: bool,
-    damage_told: u64,
+    damage_told: bool,
     order: [u8; LONGEST_ORDER],
     order_length: usize,
 }
@@ -55,7 +55,7 @@ impl Chief {
             next_sum: now + SECOND,
             end_at: plan.run_ns.map(|ns| now + ns),
             ready_told: false,
-            damage_told: 0,
+            damage_told: false,
             order: [0; LONGEST_ORDER],
             order_length: 0,
         };
@@ -118,13 +118,13 @@ impl Chief {
         if now >= self.next_sum {
             self.next_sum += ((now - self.next_sum) / SECOND + 1) * SECOND;
             self.report_sum(now);
-            self.damage_told = 0;
+            self.damage_told = false;
         }
-        if self.damage_told == 0 {
-            if let Some(line) = damage::first() {
-                serial::report(line);
-                self.damage_told = 1;
-            }
+        if !self.damage_told
+            && let Some(line) = damage::first()
+        {
+            serial::report(line);
+            self.damage_told = true;
         }
         if self.end_at.is_some_and(|at| now >= at) {
             self.finish(self.plan.end, now);
@@ -158,7 +158,7 @@ impl Chief {
             if works.disk {
                 l.number("acked", disk::ACKNOWLEDGED.load(Relaxed))
                     .number("records_checked", disk::CHECKED.load(Relaxed));
-                l.number("io_errors", disk::IO_ERRORS.load(Relaxed));
+                l.number("io_errors", io::IO_ERRORS.load(Relaxed));
             }
             if works.network() {
                 l.number("requests", server::REQUESTS.load(Relaxed))

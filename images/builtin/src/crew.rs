@@ -37,7 +37,7 @@ pub fn join(index: usize) -> Shift {
     PARKED.fetch_add(1, Ordering::SeqCst);
     loop {
         let epoch = EPOCH.load(Ordering::Acquire);
-        if epoch % 2 == 0 {
+        if epoch.is_multiple_of(2) {
             return take(index, epoch);
         }
         core::hint::spin_loop();
@@ -73,7 +73,7 @@ pub struct Granted {
 /// Ends the shift of all vCPUs, shares out memory and workers anew, and begins the next one. Only the first
 /// vCPU calls it, and its own last shift is over.
 pub fn start(plan: &Plan, memory: &mut Memory, devices: &Devices, cpus: usize) -> (Shift, Granted) {
-    if EPOCH.load(Ordering::SeqCst) % 2 == 0 {
+    if EPOCH.load(Ordering::SeqCst).is_multiple_of(2) {
         PARKED.store(0, Ordering::SeqCst);
         EPOCH.fetch_add(1, Ordering::SeqCst);
         cpu::wake_peers();
@@ -82,6 +82,9 @@ pub fn start(plan: &Plan, memory: &mut Memory, devices: &Devices, cpus: usize) -
         core::hint::spin_loop();
     }
     memory.give_back_all();
+    if let Some(disk) = devices.disk {
+        disk.forget();
+    }
     let granted = Hiring::new(memory, cpus).hire(plan, devices);
     let epoch = EPOCH.fetch_add(1, Ordering::SeqCst) + 1;
     (take(0, epoch), granted)

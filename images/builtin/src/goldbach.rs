@@ -4,7 +4,7 @@ use core::fmt::Write;
 
 /// The split of an even number above 2 whose first prime is the smallest.
 pub fn split(n: u64) -> Option<(u64, u64)> {
-    if n < 4 || n % 2 != 0 {
+    if n < 4 || !n.is_multiple_of(2) {
         return None;
     }
     if n == 4 {
@@ -22,7 +22,7 @@ pub fn is_prime(n: u64) -> bool {
         return false;
     }
     for p in WITNESSES {
-        if n % p == 0 {
+        if n.is_multiple_of(p) {
             return n == p;
         }
     }

@@ -54,11 +54,11 @@ pub fn parse(bytes: &[u8]) -> Option<Request> {
     }
     let mut close = version == "HTTP/1.0";
     for line in lines {
-        if let Some((name, value)) = line.split_once(':') {
-            if name.eq_ignore_ascii_case("connection") {
-                close = value.trim().eq_ignore_ascii_case("close")
-                    || close && !value.trim().eq_ignore_ascii_case("keep-alive");
-            }
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("connection")
+        {
+            close = value.trim().eq_ignore_ascii_case("close")
+                || close && !value.trim().eq_ignore_ascii_case("keep-alive");
         }
     }
     let path = path.trim_start_matches('/');

@@ -4,8 +4,7 @@
 pub fn value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.split_ascii_whitespace()
         .filter_map(|word| word.split_once('='))
-        .filter(|(k, _)| *k == key)
-        .last()
+        .rfind(|(k, _)| *k == key)
         .map(|(_, v)| v)
 }
 

@@ -116,7 +116,7 @@ impl Function {
         self.write(at, u32::MAX);
         let size = !(self.read(at) & !0xf) as u64 + 1;
         self.write(at, old);
-        if size <= 1 << 28 && size >= 16 {
+        if (16..=1 << 28).contains(&size) {
             let address = NEXT_ADDRESS.load(Ordering::Relaxed).next_multiple_of(size);
             if address + size <= WINDOW_END {
                 NEXT_ADDRESS.store(address + size, Ordering::Relaxed);

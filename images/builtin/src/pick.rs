@@ -75,7 +75,7 @@ fn zipf_rank(draw: u64, count: u64) -> u64 {
 /// Spreads ranks over the pages, so that the hottest pages are not neighbours.
 fn scatter(rank: u64, count: u64) -> u64 {
     const PRIMES: [u64; 2] = [2_654_435_761, 4_294_967_291];
-    let prime = if count % PRIMES[0] == 0 {
+    let prime = if count.is_multiple_of(PRIMES[0]) {
         PRIMES[1]
     } else {
         PRIMES[0]

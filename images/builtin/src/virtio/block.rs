@@ -1,5 +1,6 @@
 //! A virtio block device that several workers share: requests go into slots, answers are fetched by slot.
 
+use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::queue::{Piece, Queue};
@@ -12,7 +13,6 @@ pub const SLOTS: usize = 32;
 pub const LARGEST: usize = 16 * BLOCK as usize;
 const FLUSH: u64 = 1 << 9;
 const READ_ONLY: u64 = 1 << 5;
-const DISCARD: u64 = 1 << 13;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -25,6 +25,8 @@ pub enum Kind {
 enum State {
     Free,
     InFlight(u16),
+    /// In flight, for a worker that has gone.
+    Forgotten(u16),
     Done,
 }
 
@@ -43,13 +45,12 @@ pub struct Block {
     pub blocks: u64,
     pub read_only: bool,
     can_flush: bool,
-    busy: AtomicBool,
 }
 
 impl Block {
     pub fn begin(nth: usize, memory: &mut Memory, apic_id: u32) -> Option<Block> {
         let function = super::find(2, nth)?;
-        let mut device = Device::begin(function, FLUSH | READ_ONLY | DISCARD & 0 | EVENT_INDEX)?;
+        let mut device = Device::begin(function, FLUSH | READ_ONLY | EVENT_INDEX)?;
         let queue = device.queue(0, 128, memory, apic_id)?;
         // SAFETY: made before any shift, kept for good; plain numbers.
         let slots = unsafe { memory.take_zeroed::<Slot>(SLOTS)? };
@@ -62,7 +63,6 @@ impl Block {
             blocks: sectors * 512 / BLOCK,
             read_only: device.features & READ_ONLY != 0,
             can_flush: device.features & FLUSH != 0,
-            busy: AtomicBool::new(false),
         })
     }
 
@@ -117,8 +117,12 @@ impl Block {
     pub fn turn(&mut self) {
         self.queue.kick();
         while let Some((head, _)) = self.queue.pop() {
-            if let Some(state) = self.states.iter_mut().find(|s| **s == State::InFlight(head)) {
-                *state = State::Done;
+            for state in &mut self.states {
+                if *state == State::InFlight(head) {
+                    *state = State::Done;
+                } else if *state == State::Forgotten(head) {
+                    *state = State::Free;
+                }
             }
         }
     }
@@ -135,32 +139,48 @@ impl Block {
         Some((status == 0, &place.data))
     }
 
-    /// Asks for an interrupt at the next answer; true if there is one already.
+    /// Asks for an interrupt at the next answer; true if there is one already, for whomever.
     pub fn listen(&mut self) -> bool {
-        self.queue.listen()
+        self.queue.listen() || self.states.contains(&State::Done)
     }
 }
 
 /// A device shared by workers on any vCPU.
-pub struct Shared(core::cell::UnsafeCell<Block>);
+pub struct Shared {
+    busy: AtomicBool,
+    block: UnsafeCell<Block>,
+}
 // SAFETY: `with` lets one in at a time.
 unsafe impl Sync for Shared {}
 
 impl Shared {
     pub const fn new(block: Block) -> Shared {
-        Shared(core::cell::UnsafeCell::new(block))
+        Shared {
+            busy: AtomicBool::new(false),
+            block: UnsafeCell::new(block),
+        }
     }
 
     pub fn with<T>(&self, act: impl FnOnce(&mut Block) -> T) -> T {
-        let block = self.0.get();
-        // SAFETY: `busy` is atomic and never borrowed mutably; it guards all else.
-        let busy = unsafe { &*(&raw const (*block).busy) };
-        while busy.swap(true, Ordering::Acquire) {
+        while self.busy.swap(true, Ordering::Acquire) {
             core::hint::spin_loop();
         }
         // SAFETY: alone until `busy` is false again.
-        let result = act(unsafe { &mut *block });
-        busy.store(false, Ordering::Release);
+        let result = act(unsafe { &mut *self.block.get() });
+        self.busy.store(false, Ordering::Release);
         result
+    }
+
+    /// Gives up what was asked for by workers that have gone.
+    pub fn forget(&self) {
+        self.with(|block| {
+            for state in &mut block.states {
+                if *state == State::Done {
+                    *state = State::Free;
+                } else if let State::InFlight(head) = *state {
+                    *state = State::Forgotten(head);
+                }
+            }
+        });
     }
 }

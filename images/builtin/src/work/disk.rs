@@ -3,6 +3,7 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use super::io::Io;
 use super::{Next, Pace};
 use crate::damage::{self, Damage};
 use crate::journal::{Bytes, Record, Scan, Super, oldest};
@@ -12,11 +13,9 @@ use crate::virtio::block::{BLOCK, Kind, SLOTS, Shared};
 pub static LAST: AtomicU64 = AtomicU64::new(0);
 pub static ACKNOWLEDGED: AtomicU64 = AtomicU64::new(0);
 pub static CHECKED: AtomicU64 = AtomicU64::new(0);
-pub static IO_ERRORS: AtomicU64 = AtomicU64::new(0);
 
 pub const LARGEST_GROUP: usize = 16;
 const BLOCKS_PER_READ: u64 = 16;
-const RETRY_NS: u64 = 20_000_000;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -49,7 +48,7 @@ enum Group {
 }
 
 pub struct Journal {
-    pub disk: &'static Shared,
+    io: Io,
     head: Super,
     /// Begin anew, whatever the disk holds.
     fresh: bool,
@@ -63,7 +62,6 @@ pub struct Journal {
     acknowledged: u64,
     check_next: u64,
     reading: Option<(usize, u64, u64)>,
-    retry_at: u64,
 }
 
 impl Journal {
@@ -77,7 +75,7 @@ impl Journal {
         pace: Option<Pace>,
     ) -> Journal {
         Journal {
-            disk,
+            io: Io::new(disk),
             head: Super {
                 capacity,
                 seed,
@@ -94,52 +92,22 @@ impl Journal {
             acknowledged: 0,
             check_next: 1,
             reading: None,
-            retry_at: 0,
         }
     }
 
     pub fn step(&mut self, now: u64) -> Next {
-        if now < self.retry_at {
-            return Next::At(self.retry_at);
-        }
-        self.disk.with(|d| d.turn());
-        let next = if self.phase == Phase::Run {
-            self.run(now)
-        } else {
-            self.open(now)
-        };
-        self.disk.with(|d| {
-            d.turn();
-            match next {
-                Next::At(_) if d.listen() => Next::Now,
-                next => next,
-            }
-        })
-    }
-
-    /// Starts a request; None: no room just now.
-    fn request(&self, kind: Kind, block: u64, length: usize, fill: impl FnOnce(&mut [u8])) -> Option<usize> {
-        self.disk.with(|d| {
-            let (slot, buffer) = d.buffer()?;
-            fill(&mut buffer[..length]);
-            d.submit(slot, kind, block, length).then_some(slot)
-        })
-    }
-
-    /// Whether a request went well, once it is finished; `look` sees what it read.
-    fn answer(&mut self, slot: usize, now: u64, look: impl FnOnce(&[u8])) -> Option<bool> {
-        let good = self.disk.with(|d| {
-            let (good, bytes) = d.answer(slot)?;
-            if good {
-                look(bytes);
-            }
-            Some(good)
-        })?;
-        if !good {
-            IO_ERRORS.fetch_add(1, Ordering::Relaxed);
-            self.retry_at = now + RETRY_NS;
-        }
-        Some(good)
+        Io::turn(
+            self,
+            |w| &mut w.io,
+            now,
+            |w| {
+                if w.phase == Phase::Run {
+                    w.run(now)
+                } else {
+                    w.open(now)
+                }
+            },
+        )
     }
 
     /// From nothing known to a journal that is ready for its next record.
@@ -147,10 +115,13 @@ impl Journal {
         const WAIT: Next = Next::At(u64::MAX);
         let block = BLOCK as usize;
         match self.phase {
-            Phase::Open => self.try_phase(self.request(Kind::Read, 0, block, |_| {}).map(Phase::Opening)),
+            Phase::Open => self.try_phase(self.io.request(Kind::Read, 0, block, |_| {}).map(Phase::Opening)),
             Phase::Opening(slot) => {
                 let mut found = None;
-                match self.answer(slot, now, |b| found = b.first_chunk().and_then(Super::read)) {
+                match self
+                    .io
+                    .answer(slot, now, |b| found = b.first_chunk().and_then(Super::read))
+                {
                     None => return WAIT,
                     Some(false) => self.phase = Phase::Open,
                     Some(true) => match found.filter(|_| !self.fresh) {
@@ -163,7 +134,8 @@ impl Journal {
             Phase::Scan(from) => {
                 let count = BLOCKS_PER_READ.min(self.head.capacity + 1 - from) as usize;
                 self.try_phase(
-                    self.request(Kind::Read, from, count * block, |_| {})
+                    self.io
+                        .request(Kind::Read, from, count * block, |_| {})
                         .map(|s| Phase::Scanning(s, from)),
                 );
             }
@@ -178,7 +150,7 @@ impl Journal {
                         }
                     }
                 };
-                match self.answer(slot, now, look) {
+                match self.io.answer(slot, now, look) {
                     None => return WAIT,
                     Some(false) => self.phase = Phase::Scan(from),
                     Some(true) => (self.scan, self.phase) = (scan, Phase::Scan(from + count)),
@@ -194,16 +166,18 @@ impl Journal {
                         head.write(b);
                     }
                 };
-                self.try_phase(self.request(Kind::Write, 0, block, fill).map(Phase::Beginning));
+                self.try_phase(self.io.request(Kind::Write, 0, block, fill).map(Phase::Beginning));
             }
-            Phase::Beginning(slot) => match self.answer(slot, now, |_| {}) {
+            Phase::Beginning(slot) => match self.io.answer(slot, now, |_| {}) {
                 None => return WAIT,
                 Some(good) => self.phase = if good { Phase::BeginFlush } else { Phase::Begin },
             },
-            Phase::BeginFlush => {
-                self.try_phase(self.request(Kind::Flush, 0, 0, |_| {}).map(Phase::BeginFlushing))
-            }
-            Phase::BeginFlushing(slot) => match self.answer(slot, now, |_| {}) {
+            Phase::BeginFlush => self.try_phase(
+                self.io
+                    .request(Kind::Flush, 0, 0, |_| {})
+                    .map(Phase::BeginFlushing),
+            ),
+            Phase::BeginFlushing(slot) => match self.io.answer(slot, now, |_| {}) {
                 None => return WAIT,
                 Some(false) => self.phase = Phase::BeginFlush,
                 Some(true) => self.opened(),
@@ -252,7 +226,7 @@ impl Journal {
         const WAIT: Next = Next::At(u64::MAX);
         match self.group {
             Group::Waiting => {
-                if self.disk.with(|d| d.read_only) {
+                if self.io.is_read_only() {
                     return WAIT;
                 }
                 let (due, next) = match &mut self.pace {
@@ -278,7 +252,7 @@ impl Journal {
                         }
                     };
                     let at = self.head.block_of(record.number);
-                    let Some(slot) = self.request(Kind::Write, at, BLOCK as usize, fill) else {
+                    let Some(slot) = self.io.request(Kind::Write, at, BLOCK as usize, fill) else {
                         break;
                     };
                     slots[size as usize] = Some(slot as u8);
@@ -300,7 +274,7 @@ impl Journal {
                 mut failed,
             } => {
                 for place in &mut slots {
-                    if let Some(good) = place.and_then(|slot| self.answer(slot as usize, now, |_| {})) {
+                    if let Some(good) = place.and_then(|slot| self.io.answer(slot as usize, now, |_| {})) {
                         *place = None;
                         failed |= !good;
                     }
@@ -320,12 +294,12 @@ impl Journal {
                 Next::Now
             }
             Group::Flush { last } => {
-                if let Some(slot) = self.request(Kind::Flush, 0, 0, |_| {}) {
+                if let Some(slot) = self.io.request(Kind::Flush, 0, 0, |_| {}) {
                     self.group = Group::Flushing { slot, last };
                 }
                 Next::Now
             }
-            Group::Flushing { slot, last } => match self.answer(slot, now, |_| {}) {
+            Group::Flushing { slot, last } => match self.io.answer(slot, now, |_| {}) {
                 None => WAIT,
                 Some(false) => {
                     self.group = Group::Flush { last };
@@ -357,7 +331,7 @@ impl Journal {
                     }
                 }
             };
-            match self.answer(slot, now, look) {
+            match self.io.answer(slot, now, look) {
                 None => return Next::At(u64::MAX),
                 Some(false) => self.check_next = first,
                 Some(true) => _ = CHECKED.fetch_add(count, Ordering::Relaxed),
@@ -391,7 +365,7 @@ impl Journal {
         let count = BLOCKS_PER_READ
             .min(self.acknowledged + 1 - first)
             .min(self.head.capacity + 1 - at);
-        if let Some(slot) = self.request(Kind::Read, at, (count * BLOCK) as usize, |_| {}) {
+        if let Some(slot) = self.io.request(Kind::Read, at, (count * BLOCK) as usize, |_| {}) {
             self.reading = Some((slot, first, count));
             self.check_next = first + count;
         }

@@ -3,6 +3,7 @@
 pub mod allocator;
 pub mod disk;
 pub mod gc;
+pub mod io;
 pub mod server;
 pub mod spin;
 
