@@ -39,6 +39,21 @@ pub struct DeviceState {
     pub body: Vec<u8>,
 }
 
+impl DeviceState {
+    /// The body, if this program knows the version.
+    pub fn body_up_to(&self, known: u32, name: &str) -> Result<&[u8], StateError> {
+        let Self { version: found, body } = self;
+        if *found > known {
+            return Err(StateError::Version {
+                name: name.to_owned(),
+                found: *found,
+                known,
+            });
+        }
+        Ok(body)
+    }
+}
+
 /// One virtio device. The transport calls it under a lock, from vCPU threads and from the machine's thread.
 pub trait VirtioDevice: Send {
     fn kind(&self) -> VirtioKind;

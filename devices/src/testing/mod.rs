@@ -1,5 +1,9 @@
 //! What the tests of several devices share: a clock that stands still, recorders for interrupts and requests.
 
+pub(crate) mod driver;
+pub(crate) mod guest;
+pub(crate) mod suspendable;
+
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
