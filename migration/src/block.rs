@@ -97,6 +97,22 @@ impl Name {
     }
 }
 
+/// The name of a whole block's content, however it is read.
+pub fn name_of_block(
+    info: &BlockInfo,
+    mut read: impl FnMut(Span, &mut [u8]) -> Result<(), DataError>,
+) -> Result<Name, DataError> {
+    const PIECE_BYTES: u32 = 1 << 20;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; PIECE_BYTES as usize];
+    for span in UnitSet::full(info.units()).spans(info.id, PIECE_BYTES / info.unit_bytes()) {
+        let room = buffer.get_mut(..info.span_bytes(span)).unwrap_or_default();
+        read(span, room)?;
+        hasher.update(room);
+    }
+    Ok(Name(*hasher.finalize().as_bytes()))
+}
+
 /// Reading, writing or tracking a block's data failed; `message` is one clear sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]

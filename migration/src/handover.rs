@@ -410,6 +410,15 @@ impl Arrival {
         self.state
     }
 
+    pub fn epoch(&self) -> u64 {
+        self.record.epoch
+    }
+
+    /// The ledger of the side that gives.
+    pub fn peer(&self) -> LedgerId {
+        self.record.peer.unwrap_or(LedgerId([0; 16]))
+    }
+
     /// The go-ahead arrived: writes that the machine is taken, and makes the permit to start it.
     pub fn take(&mut self, ledger: &mut dyn Ledger) -> Result<RunPermit, Reason> {
         let (next, steps) = taker(self.state, TakerEvent::Go);

@@ -5,17 +5,28 @@
 //! itself ([`machine::OutgoingMachine`], [`machine::IncomingMachine`]), the link ([`link::Link`]), time
 //! ([`clock::Clock`]) and a small durable memory ([`handover::Ledger`]).
 
+pub mod arrivals;
 pub mod block;
+mod carrier;
 pub mod clock;
 mod codec;
+mod copying;
 pub mod cost;
+pub mod custody;
 pub mod failure;
 pub mod handover;
+pub mod incoming;
 pub mod ledger;
 pub mod link;
 pub mod machine;
+pub mod options;
+pub mod outgoing;
+pub mod pacing;
+pub mod pages;
 pub mod policy;
 pub mod report;
+mod sets;
+mod talk;
 pub mod transport;
 pub mod units;
 pub mod wire;

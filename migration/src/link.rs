@@ -56,6 +56,7 @@ pub trait Lane: Send {
 
 /// How the outgoing side reaches the incoming side; used again after a connection broke.
 pub trait Link: Send {
+    /// Opens a control connection.
     fn control(&mut self) -> Result<Box<dyn Peer>, LinkError>;
 
     /// Opens lane `index` of the crossing's connection number `attempt` (both sides count reconnects).

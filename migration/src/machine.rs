@@ -75,6 +75,11 @@ pub trait OutgoingMachine: Send {
     /// `resolve` settles it.
     fn stranded(&mut self);
 
+    /// How much of the link the service in the machine uses itself, if that is known.
+    fn service(&mut self) -> Option<crate::policy::ServiceUse> {
+        None
+    }
+
     fn impact(&mut self) -> GuestImpact {
         GuestImpact::default()
     }

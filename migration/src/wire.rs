@@ -217,6 +217,10 @@ pub enum Message {
         phase: Phase,
         reason: Reason,
     },
+    /// A sign of life while an answer takes its time; so many frames arrived so far.
+    Working {
+        frames: u64,
+    },
 }
 
 impl Message {
@@ -244,6 +248,7 @@ impl Message {
             Message::Hashes { .. } => "Hashes",
             Message::Running { .. } => "Running",
             Message::Refused { .. } => "Refused",
+            Message::Working { .. } => "Working",
         }
     }
 
@@ -356,6 +361,7 @@ impl Message {
                 write_names(&mut w, names);
             }
             Message::Running { took } => _ = w.u8(74).u64(nanos(*took)),
+            Message::Working { frames } => _ = w.u8(76).u64(*frames),
             Message::Refused {
                 phase,
                 reason: Reason { cause, message },
@@ -510,6 +516,9 @@ impl Message {
             74 => Message::Running {
                 took: Duration::from_nanos(r.u64("time to resume")?),
             },
+            76 => Message::Working {
+                frames: r.u64("number of frames")?,
+            },
             75 => Message::Refused {
                 phase: read_phase(&mut r)?,
                 reason: Reason {
@@ -620,6 +629,16 @@ impl FrameHeader {
         )?;
         Ok(header)
     }
+}
+
+/// How long the frame is that begins here, if that can be told yet.
+pub fn frame_bytes(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
+    let Some(head) = bytes.first_chunk() else {
+        return Ok(None);
+    };
+    let header = FrameHeader::decode(head)?;
+    let table = usize::from(header.entries) * Entry::BYTES;
+    Ok(Some(FrameHeader::BYTES + table + header.payload_bytes as usize))
 }
 
 /// What a unit became on the wire.
