@@ -178,10 +178,9 @@ impl Qcow2Image {
         if self.header.version < 3 {
             return Ok(false);
         }
-        // Discarding frees clusters that readers may be reading from, so it needs the image alone.
-        let mut guard = self.layer_mut();
-        let layer = guard.as_mut().ok_or_else(handed_over)?;
-        self.guarded(|| layer.discard_to_zero(offset, len)).map(|()| true)
+        // Discarding frees clusters that readers may be reading from.
+        self.alone(|layer| layer.discard_to_zero(offset, len))
+            .map(|()| true)
     }
 
     pub(crate) fn write_zeroes(&self, offset: u64, len: u64, keep_allocated: bool) -> io::Result<()> {
@@ -189,7 +188,9 @@ impl Qcow2Image {
             if !keep_allocated {
                 return self.punch(offset, len).map(drop);
             }
-            return self.with(|layer| layer.write_zeroes(offset, len));
+            // imago looks whether the rest of a cluster is zero, and if so zeroes the whole of it: a write to the
+            // same cluster in between would be lost.
+            return self.alone(|layer| layer.write_zeroes(offset, len));
         }
         let zeroes = vec![0; self.header.cluster_size as usize];
         let (mut at, end) = (offset, offset + len);
@@ -233,6 +234,13 @@ impl Qcow2Image {
     fn with<T>(&self, work: impl FnOnce(&Layer) -> io::Result<T>) -> io::Result<T> {
         let guard: RwLockReadGuard<'_, _> = self.open.read().unwrap_or_else(PoisonError::into_inner);
         let layer = guard.as_ref().ok_or_else(handed_over)?;
+        self.guarded(|| work(layer))
+    }
+
+    /// Works on the image while nobody else does.
+    fn alone<T>(&self, work: impl FnOnce(&mut Layer) -> io::Result<T>) -> io::Result<T> {
+        let mut guard = self.layer_mut();
+        let layer = guard.as_mut().ok_or_else(handed_over)?;
         self.guarded(|| work(layer))
     }
 

@@ -1,6 +1,7 @@
 //! virtio-blk: a disk for the guest, over any image, with several queues.
 
 mod config;
+mod flights;
 mod queue;
 mod request;
 #[cfg(test)]
@@ -14,7 +15,8 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, V
 use virtio_queue::{Queue, QueueT};
 
 use self::config::{QUEUE_SIZE, Shape};
-use self::queue::{BlockQueue, Parts, Shared};
+use self::flights::{Flights, Shared};
+use self::queue::BlockQueue;
 use super::device::{Activation, ActiveQueue, DeviceState, VirtioDevice, VirtioKind};
 use super::worker::Worker;
 use crate::disk::{Disk, DiskCache, engine};
@@ -92,17 +94,16 @@ impl BlockDevice {
         };
         let engine = engine::for_queue(&self.shared.disk, usize::from(queue.size()), &name)
             .map_err(failed("it has no way to its image"))?;
-        let parts = Parts {
-            index,
-            queue,
-            kick,
-            ram: work.ram.clone(),
-            interrupt: Arc::clone(&work.interrupt),
-            shared: Arc::clone(&self.shared),
-            serial: self.shape.serial.clone(),
-            has_flush: work.has(VIRTIO_BLK_F_FLUSH),
-        };
-        let queue = BlockQueue::new(parts, engine).map_err(failed("it cannot get a timer"))?;
+        let flights = Flights::new(
+            Arc::clone(&self.shared),
+            work.ram.clone(),
+            self.shape.serial.clone(),
+            work.has(VIRTIO_BLK_F_FLUSH),
+            engine,
+            usize::from(queue.size()),
+        );
+        let queue = BlockQueue::new(index, queue, kick, Arc::clone(&work.interrupt), flights)
+            .map_err(failed("it cannot get a timer"))?;
         Worker::spawn(&name, queue).map_err(failed("it cannot start a thread"))
     }
 }

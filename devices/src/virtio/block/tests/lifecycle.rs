@@ -95,17 +95,19 @@ fn on_paper(cache: DiskCache, features: u64) -> (Rig, Paper, tempfile::TempDir) 
     rig.stop();
     let paper = Paper::new();
     let (index, queue) = rig.stopped.pop().unwrap();
-    let parts = Parts {
-        index,
-        queue,
-        kick: rig.drivers[0].kick.try_clone().unwrap(),
-        ram: rig.ram.clone(),
-        interrupt: Arc::clone(&rig.interrupts) as _,
-        shared: Arc::clone(&rig.device.shared),
-        serial: String::new(),
-        has_flush: features >> VIRTIO_BLK_F_FLUSH & 1 == 1,
-    };
-    let queue = BlockQueue::new(parts, Box::new(paper.clone())).unwrap();
+    let has_flush = features >> VIRTIO_BLK_F_FLUSH & 1 == 1;
+    let shared = Arc::clone(&rig.device.shared);
+    let engine = Box::new(paper.clone());
+    let flights = Flights::new(
+        shared,
+        rig.ram.clone(),
+        String::new(),
+        has_flush,
+        engine,
+        usize::from(QUEUE_SIZE),
+    );
+    let kick = rig.drivers[0].kick.try_clone().unwrap();
+    let queue = BlockQueue::new(index, queue, kick, Arc::clone(&rig.interrupts) as _, flights).unwrap();
     rig.device.running.push(Worker::spawn("paper", queue).unwrap());
     (rig, paper, dir)
 }
@@ -416,8 +418,82 @@ fn a_host_disk_that_fills_up_is_an_error_to_the_guest_and_the_machine_lives() {
         requests::put_range(&rig.ram, DATA, 0, 2048, 0);
         assert_eq!(rig.ask(VIRTIO_BLK_T_DISCARD, 0, &[(DATA, 16)], false).1, 0);
         assert_eq!(rig.write(7 << 19, &[2; 1 << 19]), 0, "space was given back");
+        // This file system cannot zero a range and keep its space: the zeroes are written.
+        requests::put_range(&rig.ram, DATA, (7 << 19) / 512, 8, 0);
+        assert_eq!(rig.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[(DATA, 16)], false).1, 0);
+        let (seen, _) = rig.read(7 << 19, 8192);
+        assert_eq!(
+            (&seen[..4096], &seen[4096..]),
+            ([0; 4096].as_slice(), [2; 4096].as_slice())
+        );
         assert!(!rig.interrupts.needs_reset_seen());
         drop(rig);
+    }
+}
+
+/// A block device over a file. Detached when dropped.
+struct Loop(String);
+
+impl Loop {
+    fn new(file: &Path) -> Option<Self> {
+        match std::process::Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output()
+        {
+            Ok(output) if output.status.success() => {
+                Some(Self(String::from_utf8_lossy(&output.stdout).trim().to_owned()))
+            }
+            Ok(output) => {
+                skip(&format!(
+                    "no loop device: {}",
+                    String::from_utf8_lossy(&output.stderr)
+                ));
+                None
+            }
+            Err(error) => {
+                skip(&format!("no losetup: {error}"));
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup")
+            .args(["--detach", &self.0])
+            .status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk() {
+    let dir = dir();
+    let file = dir.path().join("file");
+    Disk::create(&file, DiskFormat::Raw, 8 << 20).unwrap();
+    let Some(device) = Loop::new(&file) else { return };
+    for cache in [DiskCache::Writeback, DiskCache::Direct] {
+        let options = DiskOptions {
+            cache,
+            ..DiskOptions::new(&device.0)
+        };
+        let mut rig = Rig::new(&options, 1, ALL_FEATURES);
+        assert_eq!(rig.disk.size(), 8 << 20);
+        assert!(Disk::open(&options).is_err(), "two users of one block device");
+        assert_eq!(rig.write(4096, &[3; 65536]), 0);
+        requests::put_range(&rig.ram, DATA, 16, 64, 0);
+        assert_eq!(rig.ask(VIRTIO_BLK_T_DISCARD, 0, &[(DATA, 16)], false).1, 0);
+        requests::put_range(&rig.ram, DATA, 80, 8, 0);
+        assert_eq!(rig.ask(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[(DATA, 16)], false).1, 0);
+        assert_eq!(rig.ask(VIRTIO_BLK_T_FLUSH, 0, &[], false).1, 0);
+        let now = contents(&rig.disk);
+        assert!(
+            now[4096..8192].iter().all(|b| *b == 3) && now[40960..45056].iter().all(|b| *b == 0),
+            "{cache:?}"
+        );
+        let areas: u64 = rig.disk.areas(0..u64::MAX).map(|area| area.unwrap().len).sum();
+        assert_eq!(areas, 8 << 20);
     }
 }
 

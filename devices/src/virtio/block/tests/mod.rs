@@ -193,31 +193,37 @@ impl Driver {
     /// What was answered since the last time: head, length, status.
     fn answers(&mut self) -> Vec<(u16, u32, u8)> {
         let mut answers = Vec::new();
-        let used_idx: u16 = self
-            .ram
-            .load(GuestAddress(self.used() + 2), Ordering::SeqCst)
-            .unwrap();
-        while self.seen_used != used_idx {
-            let at = self.used() + 4 + u64::from(self.seen_used % SIZE_OF_QUEUE) * 8;
-            let head = self.ram.read_obj::<u32>(GuestAddress(at)).unwrap() as u16;
-            let len: u32 = self.ram.read_obj(GuestAddress(at + 4)).unwrap();
-            self.seen_used = self.seen_used.wrapping_add(1);
-            let (indexes, status) = self
-                .chains
-                .remove(&head)
-                .expect("an answer to what was asked, once");
-            self.free.extend(indexes);
-            answers.push((head, len, self.ram.read_obj(GuestAddress(status)).unwrap()));
+        loop {
+            let used_idx: u16 = self
+                .ram
+                .load(GuestAddress(self.used() + 2), Ordering::SeqCst)
+                .unwrap();
+            while self.seen_used != used_idx {
+                let at = self.used() + 4 + u64::from(self.seen_used % SIZE_OF_QUEUE) * 8;
+                let head = self.ram.read_obj::<u32>(GuestAddress(at)).unwrap() as u16;
+                let len: u32 = self.ram.read_obj(GuestAddress(at + 4)).unwrap();
+                self.seen_used = self.seen_used.wrapping_add(1);
+                let (indexes, status) = self
+                    .chains
+                    .remove(&head)
+                    .expect("an answer to what was asked, once");
+                self.free.extend(indexes);
+                answers.push((head, len, self.ram.read_obj(GuestAddress(status)).unwrap()));
+            }
+            // With event indexes: tell me of the next one. It may have come before the device read this.
+            let used_event = GuestAddress(self.avail() + 4 + u64::from(SIZE_OF_QUEUE) * 2);
+            self.ram
+                .store(self.seen_used, used_event, Ordering::SeqCst)
+                .unwrap();
+            std::sync::atomic::fence(Ordering::SeqCst);
+            let now: u16 = self
+                .ram
+                .load(GuestAddress(self.used() + 2), Ordering::SeqCst)
+                .unwrap();
+            if now == self.seen_used {
+                return answers;
+            }
         }
-        // With event indexes: tell me of the next one.
-        self.ram
-            .store(
-                self.seen_used,
-                GuestAddress(self.avail() + 4 + u64::from(SIZE_OF_QUEUE) * 2),
-                Ordering::SeqCst,
-            )
-            .unwrap();
-        answers
     }
 
     fn outstanding(&self) -> usize {
