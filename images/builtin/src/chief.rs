@@ -8,7 +8,7 @@ use crate::info::Info;
 use crate::line::Line;
 use crate::memory::Memory;
 use crate::plan::{End, Plan};
-use crate::work::{Next, disk, gc, io, server, spin};
+use crate::work::{Next, database, disk, gc, io, server, spin};
 use crate::{clock, cpu, damage, evidence, gap, power, serial};
 
 const SECOND: u64 = 1_000_000_000;
@@ -76,9 +76,9 @@ impl Chief {
                 l.word("wrong", word);
             }
             if plan.works.gc {
-                l.number("heap", granted.heap_bytes);
+                l.ranges("heaps", &granted.heaps[..granted.heap_count]);
             }
-            if plan.works.disk {
+            if plan.works.disk || plan.works.database {
                 l.number("disk", granted.disk_bytes);
             }
             if plan.works.network() {
@@ -96,11 +96,14 @@ impl Chief {
     pub fn attend(&mut self, now: u64, shift: &mut Shift) -> Next {
         if now >= self.next_beat {
             self.beat += 1;
-            let (beat, disk) = (self.beat, self.plan.works.disk);
+            let (beat, works) = (self.beat, self.plan.works);
             serial::report(|l| {
                 l.word("t", "beat").number("seq", beat).number("ns", now);
-                if disk {
+                if works.disk {
                     l.number("acked", disk::ACKNOWLEDGED.load(Relaxed));
+                }
+                if works.database {
+                    l.number("committed", database::COMMITTED.load(Relaxed));
                 }
             });
             let behind = (now - self.next_beat) / self.plan.heartbeat_ns;
@@ -158,6 +161,13 @@ impl Chief {
             if works.disk {
                 l.number("acked", disk::ACKNOWLEDGED.load(Relaxed))
                     .number("records_checked", disk::CHECKED.load(Relaxed));
+            }
+            if works.database {
+                l.number("committed", database::COMMITTED.load(Relaxed))
+                    .number("rows_checked", database::CHECKED.load(Relaxed));
+                l.number("checkpoints", database::CHECKPOINTS.load(Relaxed));
+            }
+            if works.disk || works.database {
                 l.number("io_errors", io::IO_ERRORS.load(Relaxed));
             }
             if works.network() {

@@ -9,8 +9,10 @@ use crate::evidence::Evidence;
 use crate::memory::{Memory, PAGE, Pages};
 use crate::pick::{Order, Picker};
 use crate::plan::Plan;
+use crate::table::{ROWS_PER_BLOCK, Row};
 use crate::virtio::block::{BLOCK, Shared};
 use crate::work::allocator::{Sweeper, Writer};
+use crate::work::database::{Database, LOG_BLOCKS, ROWS_PER_CHUNK, Rows};
 use crate::work::disk::Journal;
 use crate::work::gc::{Collector, Root};
 use crate::work::server::{Server, Services};
@@ -64,7 +66,9 @@ fn take(index: usize, epoch: u64) -> Shift {
 #[derive(Clone, Copy)]
 pub struct Granted {
     pub evidence: Option<&'static Evidence>,
-    pub heap_bytes: u64,
+    /// The heaps of the first few vCPUs.
+    pub heaps: [(u64, u64); 8],
+    pub heap_count: usize,
     pub workers: usize,
     pub disk_bytes: u64,
     pub network: bool,
@@ -115,16 +119,21 @@ impl<'a> Hiring<'a> {
     fn hire(mut self, plan: &Plan, devices: &Devices) -> Granted {
         let mut granted = Granted {
             evidence: None,
-            heap_bytes: 0,
+            heaps: [(0, 0); 8],
+            heap_count: 0,
             workers: 0,
             disk_bytes: 0,
             network: false,
         };
+        if let (true, Some(disk)) = (plan.works.disk || plan.works.database, devices.disk) {
+            granted.disk_bytes = disk.with(|d| d.blocks) * BLOCK;
+            self.hire_disk_workers(plan, disk);
+        }
         if plan.works.network() {
             granted.network = self.hire_server(plan, devices).is_some();
         }
         if plan.works.gc {
-            granted.heap_bytes = self.hire_collectors(plan);
+            self.hire_collectors(plan, &mut granted);
         }
         if plan.works.spin {
             for index in 0..self.cpus {
@@ -139,10 +148,6 @@ impl<'a> Hiring<'a> {
         }
         if plan.works.allocator {
             granted.evidence = self.hire_allocator(plan);
-        }
-        if let (true, Some(disk)) = (plan.works.disk, devices.disk) {
-            granted.disk_bytes = disk.with(|d| d.blocks) * BLOCK;
-            self.hire_journal(plan, disk);
         }
         for (index, (list, used)) in LISTS.iter().enumerate() {
             let first = self.lists[index]
@@ -165,11 +170,10 @@ impl<'a> Hiring<'a> {
     }
 
     /// One heap per vCPU.
-    fn hire_collectors(&mut self, plan: &Plan) -> u64 {
+    fn hire_collectors(&mut self, plan: &Plan, granted: &mut Granted) {
         let free = self.memory.free_bytes();
         let all = plan.heap.unwrap_or((64 * MIB).min(free / 4)).min(free * 3 / 4);
         let words = (all / self.cpus as u64 / 8) as usize;
-        let mut bytes = 0;
         for index in 0..self.cpus {
             // SAFETY: as in `new`; words and roots are plain numbers.
             let (heap, roots) = unsafe {
@@ -179,14 +183,17 @@ impl<'a> Hiring<'a> {
                 )
             };
             if let (Some(heap), Some(roots)) = (heap, roots) {
-                bytes += 8 * heap.len() as u64;
+                if let Some(place) = granted.heaps.get_mut(index) {
+                    let from = heap.as_ptr() as u64;
+                    *place = (from, from + 8 * heap.len() as u64);
+                    granted.heap_count = index + 1;
+                }
                 self.place(
                     index,
                     Worker::Collector(Collector::new(heap, roots, plan.seed ^ (index as u64) << 40)),
                 );
             }
         }
-        bytes
     }
 
     fn hire_allocator(&mut self, plan: &Plan) -> Option<&'static Evidence> {
@@ -242,14 +249,46 @@ impl<'a> Hiring<'a> {
         }
     }
 
-    fn hire_journal(&mut self, plan: &Plan, disk: &'static Shared) {
-        let room = disk.with(|d| d.blocks).saturating_sub(1);
+    /// The journal has the disk from its start, the database its second half.
+    fn hire_disk_workers(&mut self, plan: &Plan, disk: &'static Shared) {
+        let blocks = disk.with(|d| d.blocks);
+        let half = blocks / 2;
+        let room = if plan.works.database { half } else { blocks }.saturating_sub(1);
         let capacity = (plan.journal.unwrap_or(64 * MIB) / BLOCK).min(room);
-        if capacity > 0 {
+        if plan.works.disk && capacity > 0 {
             let pace = Pace::of(plan.records, 1);
             let journal = Journal::new(disk, capacity, plan.seed, plan.journal_new, plan.group, pace);
             self.place(DISK_CPU, Worker::Journal(journal));
         }
+        let most = half.saturating_sub(1 + LOG_BLOCKS) * ROWS_PER_BLOCK as u64;
+        let rows = plan.rows.min(most);
+        if plan.works.database && rows > 0 {
+            self.hire_database(plan, disk, half, rows);
+        }
+    }
+
+    fn hire_database(&mut self, plan: &Plan, disk: &'static Shared, base: u64, rows: u64) -> Option<()> {
+        let count = rows as usize;
+        // SAFETY: as in `new`; zero is a row, a number and false.
+        let (all, versions, changed) = unsafe {
+            (
+                self.memory.take_zeroed::<Row>(count)?,
+                self.memory.take_zeroed::<u32>(count)?,
+                self.memory.take_zeroed::<bool>(count.div_ceil(ROWS_PER_CHUNK))?,
+            )
+        };
+        let table = Rows {
+            rows: all,
+            versions,
+            changed,
+        };
+        let hot = (rows * plan.update_percent / 100).max(1);
+        let (pace, check) = (Pace::of(plan.updates, 1), Pace::of(plan.check, 1));
+        self.place(
+            DISK_CPU,
+            Worker::Database(Database::new(disk, base, table, plan.seed, hot, pace, check)),
+        );
+        Some(())
     }
 
     fn hire_server(&mut self, plan: &Plan, devices: &Devices) -> Option<()> {

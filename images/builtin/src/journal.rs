@@ -52,6 +52,11 @@ impl Super {
         })
     }
 
+    /// A first block that was one but is not sound.
+    pub fn is_damaged(block: &Bytes) -> bool {
+        word(block, 0) == SUPER_MAGIC && Super::read(block).is_none()
+    }
+
     /// Where a record lies.
     pub fn block_of(&self, number: u64) -> u64 {
         1 + number.wrapping_sub(1) % self.capacity
@@ -157,22 +162,22 @@ fn put(block: &mut Bytes, words: &[u64]) {
     }
 }
 
-fn word(block: &Bytes, i: usize) -> u64 {
+pub fn word(block: &Bytes, i: usize) -> u64 {
     block[8 * i..]
         .first_chunk()
         .map_or(0, |bytes| u64::from_le_bytes(*bytes))
 }
 
-fn set_word(block: &mut Bytes, i: usize, value: u64) {
+pub fn set_word(block: &mut Bytes, i: usize, value: u64) {
     block[8 * i..8 * i + 8].copy_from_slice(&value.to_le_bytes());
 }
 
-fn seal(block: &mut Bytes) {
+pub fn seal(block: &mut Bytes) {
     let sum = crc32c(&block[..CHECKSUM_AT]);
     block[CHECKSUM_AT..].copy_from_slice(&sum.to_le_bytes());
 }
 
-fn sealed(block: &Bytes) -> bool {
+pub fn sealed(block: &Bytes) -> bool {
     block[CHECKSUM_AT..] == crc32c(&block[..CHECKSUM_AT]).to_le_bytes()
 }
 

@@ -26,6 +26,7 @@ mod power;
 mod runtime;
 mod serial;
 mod start;
+mod table;
 mod virtio;
 mod work;
 

@@ -118,10 +118,13 @@ impl Journal {
             Phase::Open => self.try_phase(self.io.request(Kind::Read, 0, block, |_| {}).map(Phase::Opening)),
             Phase::Opening(slot) => {
                 let mut found = None;
-                match self
-                    .io
-                    .answer(slot, now, |b| found = b.first_chunk().and_then(Super::read))
-                {
+                let look = |b: &[u8]| {
+                    found = b.first_chunk().and_then(Super::read);
+                    if b.first_chunk().is_some_and(Super::is_damaged) {
+                        found_damage(0, 0, now);
+                    }
+                };
+                match self.io.answer(slot, now, look) {
                     None => return WAIT,
                     Some(false) => self.phase = Phase::Open,
                     Some(true) => match found.filter(|_| !self.fresh) {

@@ -1,6 +1,7 @@
 //! The workloads: each is cut into short steps, so that whoever runs them can do other things in between.
 
 pub mod allocator;
+pub mod database;
 pub mod disk;
 pub mod gc;
 pub mod io;
@@ -23,6 +24,7 @@ pub enum Worker {
     Collector(gc::Collector),
     Spinner(spin::Spinner),
     Journal(disk::Journal),
+    Database(database::Database),
     Server(server::Server),
 }
 
@@ -35,6 +37,7 @@ impl Worker {
             Worker::Collector(w) => w.step(now),
             Worker::Spinner(w) => w.step(now),
             Worker::Journal(w) => w.step(now),
+            Worker::Database(w) => w.step(now),
             Worker::Server(w) => w.step(now),
         }
     }
