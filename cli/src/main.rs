@@ -1,3 +1,5 @@
 //! The `ferry` command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    ferry::main(std::env::args_os())
+}

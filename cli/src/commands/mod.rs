@@ -1,0 +1,17 @@
+//! One file per command: its arguments, its help, and `run`.
+
+pub mod completions;
+pub mod console;
+mod gone;
+pub mod info;
+pub mod keys;
+pub mod kill;
+pub mod list;
+pub mod logs;
+pub mod man;
+pub mod pause;
+pub mod pulse;
+pub mod resume;
+pub mod run;
+mod run_detached;
+pub mod stop;
