@@ -12,17 +12,22 @@ use ferry_devices::legacy::rtc::{self, Rtc};
 use ferry_devices::legacy::serial::{self, Serial};
 use ferry_devices::records::RecordReader;
 use ferry_devices::request::MachineEvents;
-use ferry_devices::state::{Record, Stateful};
+use ferry_devices::state::{Record, StateError, Stateful};
 
+use crate::config::MachineConfig;
 use crate::error::{MachineError, Result};
 use crate::interrupts::Interrupts;
+use crate::kvm::vm::Vm;
 use crate::layout;
 use crate::machine::Wiring;
+use crate::pci::Pci;
+use crate::resources::Resources;
 
 pub(crate) struct Devices {
     pub(crate) ports: Arc<Bus>,
     pub(crate) memory: Arc<Bus>,
     pub(crate) power: Arc<AcpiPm>,
+    pub(crate) pci: Pci,
     /// All that has state, in the order of its records.
     stateful: Vec<Arc<dyn Stateful>>,
     wiring: Wiring,
@@ -41,6 +46,9 @@ fn placed(outcome: std::result::Result<(), BusError>) -> Result<()> {
 
 impl Devices {
     pub(crate) fn create(
+        config: &MachineConfig,
+        resources: &Resources,
+        vm: &Arc<Vm>,
         interrupts: &Arc<Interrupts>,
         events: &Arc<dyn MachineEvents>,
         wiring: &Wiring,
@@ -68,27 +76,34 @@ impl Devices {
             Arc::new(DebugExit::new(events.clone())),
         ))?;
         wiring.serial.attach(com1.clone());
+        let pci = Pci::create(config, resources, vm, interrupts, events, (&ports, &memory))?;
+        let config_ports = pci.stateful();
         Ok(Devices {
             ports,
             memory,
             power: power.clone(),
-            stateful: vec![com1, rtc, power],
+            pci,
+            stateful: vec![com1, rtc, power, config_ports],
             wiring: wiring.clone(),
         })
     }
 
     pub(crate) fn save(&self) -> Result<Vec<Record>> {
-        self.stateful
+        let saved = |e: StateError| MachineError::Saved(e.to_string());
+        let mut records: Vec<Record> = self
+            .stateful
             .iter()
-            .map(|device| device.save().map_err(|e| MachineError::Saved(e.to_string())))
-            .collect()
+            .map(|device| device.save().map_err(saved))
+            .collect::<Result<_>>()?;
+        records.extend(self.pci.root.save().map_err(saved)?);
+        Ok(records)
     }
 
     pub(crate) fn restore(&self, records: &mut RecordReader) -> Result<()> {
-        self.stateful.iter().try_for_each(|device| {
-            records
-                .restore(device.as_ref())
-                .map_err(|e| MachineError::Saved(e.to_string()))
-        })
+        let saved = |e: StateError| MachineError::Saved(e.to_string());
+        self.stateful
+            .iter()
+            .try_for_each(|device| records.restore(device.as_ref()).map_err(saved))?;
+        self.pci.root.restore(records).map_err(saved)
     }
 }

@@ -20,6 +20,8 @@ pub mod lifecycle;
 pub mod machine;
 pub mod memory;
 pub mod name;
+mod pci;
+mod resources;
 pub mod rundir;
 pub mod serve;
 pub mod size;

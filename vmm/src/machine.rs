@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ferry_devices::disk::{Disk, Ownership};
 use ferry_devices::ram::Ram;
 use ferry_devices::request::{MachineEvents, MachineRequest};
 use kvm_ioctls::Kvm;
@@ -21,6 +22,7 @@ use crate::kvm::vm::Vm;
 use crate::kvm::{self, Capabilities};
 use crate::lifecycle::{Event, Lifecycle, State, StopReason};
 use crate::memory;
+use crate::resources::Resources;
 use crate::vcpu::{EndSink, Parker, Surroundings, Vcpu};
 
 pub struct Machine {
@@ -28,6 +30,7 @@ pub struct Machine {
     host: Host,
     cpuid: Vec<Leaf>,
     ram: Ram,
+    resources: Resources,
     keeper: Arc<Keeper>,
     wiring: Wiring,
     body: Mutex<Option<Body>>,
@@ -94,7 +97,7 @@ pub struct Wiring {
 impl Machine {
     /// A machine with its kernel loaded, ready to start.
     pub fn create(config: &MachineConfig, wiring: &Wiring) -> Result<Machine> {
-        let machine = Machine::empty(config, wiring)?;
+        let machine = Machine::empty(config, wiring, Ownership::Now)?;
         let entry = boot::load(config, &machine.ram)?;
         if let Some(first) = machine.body().as_ref().and_then(|body| body.vcpus.first()) {
             boot::set_registers(&first.fd(), entry)?;
@@ -102,7 +105,7 @@ impl Machine {
         Ok(machine)
     }
 
-    fn empty(config: &MachineConfig, wiring: &Wiring) -> Result<Machine> {
+    fn empty(config: &MachineConfig, wiring: &Wiring, ownership: Ownership) -> Result<Machine> {
         config.validate()?;
         let kvm = kvm::open()?;
         let caps = Capabilities::probe(&kvm)?;
@@ -115,6 +118,7 @@ impl Machine {
         let mut cpuid = cpuid::supported(&kvm)?;
         cpuid::filter(&mut cpuid, &caps, config.cpus);
         let host = Host { kvm, caps };
+        let resources = Resources::open(config, ownership)?;
         let ram = memory::allocate(config)?;
         let keeper = Arc::new(Keeper {
             life: Lifecycle::default(),
@@ -125,6 +129,7 @@ impl Machine {
             host,
             cpuid,
             ram,
+            resources,
             keeper,
             wiring: wiring.clone(),
             body: Mutex::new(None),
@@ -142,7 +147,14 @@ impl Machine {
         let vm = Vm::create(&self.host.kvm, &self.host.caps, &self.ram)?;
         let interrupts = Interrupts::new(vm.clone())?;
         let events: Arc<dyn MachineEvents> = self.keeper.clone();
-        let devices = Devices::create(&interrupts, &events, &self.wiring)?;
+        let devices = Devices::create(
+            &self.config,
+            &self.resources,
+            &vm,
+            &interrupts,
+            &events,
+            &self.wiring,
+        )?;
         let around = Surroundings {
             ports: devices.ports.clone(),
             memory: devices.memory.clone(),
@@ -180,6 +192,7 @@ impl Machine {
         let body = self.body();
         let body = body.as_ref().ok_or_else(Self::gone)?;
         self.keeper.life.apply(event)?;
+        body.devices.pci.resume();
         body.vcpus.iter().for_each(Vcpu::run);
         Ok(())
     }
@@ -193,6 +206,7 @@ impl Machine {
         crate::lifecycle::next(&self.keeper.life.state(), Event::Pause)?;
         body.vcpus.iter().for_each(Vcpu::ask_park);
         body.vcpus.iter().try_for_each(Vcpu::wait_parked)?;
+        body.devices.pci.pause()?;
         let taken = begun.elapsed();
         // The guest may have ended itself meanwhile.
         self.keeper.life.apply(Event::Pause)?;
@@ -210,6 +224,7 @@ impl Machine {
         if let Some(body) = body.as_ref() {
             body.vcpus.iter().for_each(Vcpu::ask_park);
             body.vcpus.iter().try_for_each(Vcpu::wait_parked)?;
+            body.devices.pci.pause()?;
         }
         Ok(())
     }
@@ -246,6 +261,14 @@ impl Machine {
 
     pub fn ram(&self) -> &Ram {
         &self.ram
+    }
+
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.resources.disks
+    }
+
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
     }
 
     pub fn info(&self) -> Info {

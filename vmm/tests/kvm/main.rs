@@ -3,5 +3,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test is where these belong
 
 mod boot;
+mod disks;
 mod ends;
 mod harness;
