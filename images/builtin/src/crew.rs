@@ -190,7 +190,12 @@ impl<'a> Hiring<'a> {
                 }
                 self.place(
                     index,
-                    Worker::Collector(Collector::new(heap, roots, plan.seed ^ (index as u64) << 40)),
+                    Worker::Collector(Collector::new(
+                        heap,
+                        roots,
+                        Pace::of(plan.allocations, self.cpus as u64),
+                        plan.seed ^ (index as u64) << 40,
+                    )),
                 );
             }
         }

@@ -58,11 +58,17 @@ impl Evidence {
         from < to
     }
 
-    /// Writes the page's next version: all of it, or its header only. What is there must be the last version.
+    /// Writes the page's next version: all of it, or its header only. What is overwritten is checked first, so
+    /// that no damage can hide under a new version.
     pub fn write(&self, page: u64, whole: bool, now: u64) {
         let old = self.lock(page);
         let (words, id) = (self.words(page), self.identity(page));
-        self.judge(page, now, content::check_header(words, id, old));
+        let verdict = if whole {
+            content::check(words, id, old)
+        } else {
+            content::check_header(words, id, old)
+        };
+        self.judge(page, now, verdict);
         let version = old.version.wrapping_add(1);
         let new = Version {
             version,

@@ -84,6 +84,7 @@ pub struct Plan {
     /// None: half of what is free.
     pub memory: Option<u64>,
     pub heap: Option<u64>,
+    pub allocations: Rate,
     pub wws_percent: u64,
     pub rate: Rate,
     pub order: Order,
@@ -120,6 +121,7 @@ impl Plan {
             end: End::PowerOff,
             memory: None,
             heap: None,
+            allocations: Rate::Max,
             wws_percent: 30,
             rate: Rate::PerSecond(1000),
             order: Order::Sequential,
@@ -170,6 +172,7 @@ impl Plan {
             }
             "memory" => self.memory = Some(size_bytes(value)?),
             "heap" => self.heap = Some(size_bytes(value)?),
+            "allocations" => self.allocations = rate(value)?,
             "wws" => self.wws_percent = percent(value)?,
             "rate" => self.rate = rate(value)?,
             "order" => self.order = Order::parse(value)?,

@@ -4,7 +4,7 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use super::Next;
+use super::{Next, Pace};
 use crate::content::mix;
 use crate::damage::{self, Damage};
 
@@ -64,16 +64,24 @@ pub struct Collector {
     phase: Phase,
     state: u64,
     check_cursor: usize,
+    pace: Option<Pace>,
     id: u64,
 }
 
 impl Collector {
-    /// How many roots a heap of this many words has: half of an old space at most is ever live.
+    /// How many roots a heap of this many words has: objects of average size fill less than half of an old
+    /// space, and the nursery's survivors fit beside them.
     pub fn roots_for(words: usize) -> usize {
-        (words * 7 / 16 / 2 / LARGEST).max(1)
+        const AVERAGE: usize = HEADER + (LARGEST - HEADER) / 2;
+        (words * 7 / 16 * 9 / 20 / AVERAGE).max(1)
     }
 
-    pub fn new(heap: &'static mut [u64], roots: &'static mut [Root], id: u64) -> Collector {
+    pub fn new(
+        heap: &'static mut [u64],
+        roots: &'static mut [Root],
+        pace: Option<Pace>,
+        id: u64,
+    ) -> Collector {
         let words = heap.len();
         let (nursery_end, old_end) = (words / 8, words / 8 + words * 7 / 16);
         let space = |from, to| Space { from, to, next: from };
@@ -87,6 +95,7 @@ impl Collector {
             phase: Phase::Work,
             state: mix(id),
             check_cursor: 0,
+            pace,
             id,
         }
     }
@@ -94,16 +103,23 @@ impl Collector {
     pub fn step(&mut self, now: u64) -> Next {
         match self.phase {
             Phase::Work => {
-                for _ in 0..BATCH {
+                let (due, next) = match &mut self.pace {
+                    None => (BATCH as u64, Next::Now),
+                    Some(pace) => pace.due(now, BATCH as u64),
+                };
+                for _ in 0..due {
                     if self.nursery.room() < LARGEST {
                         // A collection may move everything that is in the nursery.
                         self.major = self.old.room() < self.nursery.to - self.nursery.from;
                         self.phase = Phase::Copy(0);
                         return Next::Now;
                     }
-                    self.allocate();
-                    self.check_next(now);
+                    self.allocate(now);
+                    if self.draw(4) == 0 {
+                        self.check_next(now);
+                    }
                 }
+                return next;
             }
             Phase::Copy(first) => {
                 let last = (first + BATCH).min(self.roots.len());
@@ -139,9 +155,21 @@ impl Collector {
         (root as u64) << 32 | version as u64
     }
 
-    /// A new object takes the place of a root's old one, and points at some other.
-    fn allocate(&mut self) {
-        let slot = self.draw(self.roots.len());
+    /// Most objects die young: nine in ten replace one of a tenth of the roots.
+    fn draw_to_replace(&mut self) -> usize {
+        let young = self.roots.len().div_ceil(10);
+        let among = if self.draw(10) == 0 {
+            self.roots.len()
+        } else {
+            young
+        };
+        self.draw(among)
+    }
+
+    /// A new object takes the place of a root's old one, which is checked a last time, and points at some other.
+    fn allocate(&mut self, now: u64) {
+        let slot = self.draw_to_replace();
+        self.check(slot, now);
         let size = HEADER + self.draw(LARGEST - HEADER + 1);
         let other = self.draw(self.roots.len());
         let at = self.nursery.next;
@@ -168,10 +196,14 @@ impl Collector {
         ALLOCATED.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Checks the next root's object: who it is, every word of it, and whom it points at.
     fn check_next(&mut self, now: u64) {
         let slot = self.check_cursor;
         self.check_cursor = (slot + 1) % self.roots.len();
+        self.check(slot, now);
+    }
+
+    /// Checks a root's object: who it is, every word of it, and whom it points at.
+    fn check(&mut self, slot: usize, now: u64) {
         let root = self.roots[slot];
         if root.at == 0 {
             return;
