@@ -5,4 +5,6 @@ mod bridge;
 mod config;
 mod msix;
 pub mod root;
+#[cfg(test)]
+mod tests;
 pub mod virtio;
