@@ -149,7 +149,7 @@ impl Pair {
     }
 
     /// Listens to the host's file only for what could be done now. Errors of a file are reported whatever one listens
-    /// for, so a file that must be left alone (detached queue, removed interface) is taken out altogether.
+    /// for, so the file of an interface that was removed is taken out altogether.
     fn watch_file(&mut self, poll: &Poll) -> io::Result<()> {
         let usable = !self.waits.broken && self.is_active() && !self.shared.is_gone();
         let mut wanted = EventSet::empty();
@@ -201,7 +201,7 @@ impl Pair {
                 self.waits.receive_limited = true;
                 self.wake_after(wait);
             }
-            receive::Pause::Gone(error) => self.file_failed(&error),
+            receive::Pause::Gone(error) => self.shared.backend_gone(&error),
         }
         self.tell_driver();
         Ok(More::Later)
@@ -225,19 +225,12 @@ impl Pair {
                 self.wake_after(wait);
             }
             send::Pause::Gone(error) => {
-                self.file_failed(&error);
+                self.shared.backend_gone(&error);
                 more = More::Now;
             }
         }
         self.tell_driver();
         Ok(more)
-    }
-
-    /// A queue that was detached a moment ago fails like an interface that was removed.
-    fn file_failed(&mut self, error: &io::Error) {
-        if self.is_active() {
-            self.shared.backend_gone(error);
-        }
     }
 
     fn wake_after(&mut self, wait: Duration) {

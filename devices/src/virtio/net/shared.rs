@@ -250,21 +250,17 @@ impl Shared {
     }
 
     fn set_pairs(&self, pairs: u16) -> bool {
-        // A file that is being detached reports errors, and its thread must know by then that this is why. One that
-        // is not attached yet does too.
-        let before = self.active_pairs();
-        if pairs < before {
-            self.change(|s| s.pairs = pairs);
+        match self.backend.set_active_pairs(usize::from(pairs)) {
+            Ok(()) => {
+                self.change(|s| s.pairs = pairs);
+                self.wake();
+                true
+            }
+            Err(error) => {
+                self.complain(|| format!("the queue pairs in use could not be changed to {pairs}: {error}"));
+                false
+            }
         }
-        let done = self.backend.set_active_pairs(usize::from(pairs));
-        if let Err(error) = &done {
-            self.complain(|| format!("the queue pairs in use could not be changed to {pairs}: {error}"));
-            self.change(|s| s.pairs = before);
-        } else {
-            self.change(|s| s.pairs = pairs);
-        }
-        self.wake();
-        done.is_ok()
     }
 
     fn set_offloads(&self, bits: u64) -> bool {

@@ -335,6 +335,32 @@ fn pausing_in_the_middle_of_traffic_loses_and_repeats_nothing() {
     }
 }
 
+/// The socket takes some 200 KB and then no more until it is read.
+#[test]
+fn a_host_that_is_busy_gets_every_frame_later_and_once() {
+    let Setup {
+        mut device,
+        hosts,
+        mut driver,
+        ..
+    } = setup(1, MERGEABLE);
+    for i in 0..200 {
+        driver.send(1, &frame(9_000, i), &[]);
+    }
+    wait_until("the first frames", || driver.used_index(1) > 0);
+    std::thread::sleep(Duration::from_millis(50));
+    let passed = driver.used_index(1);
+    assert!(passed < 200, "the host was not busy");
+    let queues = device.stop();
+    let (_, send_queue) = queues.iter().find(|(index, _)| *index == 1).unwrap();
+    assert_eq!(send_queue.next_avail(), passed, "what was not sent is put back");
+    driver.start(&mut device, queues);
+    for i in 0..200 {
+        assert_eq!(host_receives(&hosts[0]), frame(9_000, i));
+    }
+    driver.wait_until_used(1, 200);
+}
+
 #[test]
 fn several_pairs_and_the_control_queue_where_the_driver_expects_it() {
     let Setup {
