@@ -21,6 +21,7 @@ struct State {
     /// How many frames of each lane are held, of this attempt.
     frames: Vec<u64>,
     broken: Option<Reason>,
+    looked_at: u64,
 }
 
 struct Open {
@@ -60,6 +61,7 @@ impl Desk {
             }),
             frames,
             broken: None,
+            looked_at: 0,
         };
         self.moved.notify_all();
     }
@@ -149,6 +151,20 @@ impl Desk {
             .wait_timeout(state, most)
             .unwrap_or_else(PoisonError::into_inner);
         Self::compare(&state, wanted)
+    }
+
+    pub fn is_open(&self, attempt: u32) -> bool {
+        self.lock()
+            .open
+            .as_ref()
+            .is_some_and(|open| open.attempt == attempt)
+    }
+
+    /// Whether any frame came since this was asked last.
+    pub fn moved_since_last_look(&self) -> bool {
+        let mut state = self.lock();
+        let total = state.frames.iter().sum();
+        std::mem::replace(&mut state.looked_at, total) != total
     }
 
     /// Frames held over all lanes: whether anything moves.

@@ -142,6 +142,8 @@ pub struct Over {
     pub taken: bool,
     /// Why it ended, if not well.
     pub reason: Option<Reason>,
+    /// The other side is known to know.
+    pub finished: bool,
 }
 
 impl Incoming {
@@ -208,7 +210,7 @@ impl Incoming {
                 },
             ) if loaded.copying.session == session => loaded.again(attempt, purpose, room),
             (Incoming::Running(running), Message::Hello { session, .. }) if running.session == session => {
-                let reply = standing(room, Standing::Taken);
+                let reply = standing(room, Standing::Taken, None);
                 Ok((Incoming::Running(running), Reply::of(reply)))
             }
             (was, Message::Hello { session: other, .. })
@@ -241,7 +243,10 @@ impl Incoming {
             }
             (Incoming::Over(over), Message::Hello { session, .. }) => {
                 answer_from_ledger(room.ledger, session)
-                    .map(|known| (Incoming::Over(over), Reply::last(standing(room, known))))
+                    .map(|known| {
+                        let word = standing(room, known, over.reason.as_ref());
+                        (Incoming::Over(over), Reply::last(word))
+                    })
                     .map_err(Failed::closed)
             }
             (Incoming::Greeted(greeted), Message::Offer { epoch, lanes, offer }) => {
@@ -259,6 +264,7 @@ impl Incoming {
                     session: Some(running.session),
                     taken: true,
                     reason: None,
+                    finished: true,
                 };
                 Ok((
                     Incoming::Over(over),
@@ -279,8 +285,9 @@ impl Incoming {
                     session,
                     taken: false,
                     reason: Some(Reason::new(cause, message)),
+                    finished: false,
                 };
-                let reply = Reply::last(standing(room, Standing::Declined));
+                let reply = Reply::last(standing(room, Standing::Declined, None));
                 Ok((Incoming::Over(over), reply))
             }
             (was, _) => Err(Failed::within(
@@ -305,12 +312,8 @@ impl Incoming {
         if purpose != Purpose::Begin {
             // Nothing of this session is here (any more): what the ledger says is final.
             let known = answer_from_ledger(room.ledger, session).map_err(Failed::closed)?;
-            let over = Over {
-                session: Some(session),
-                taken: known == Standing::Taken,
-                reason: None,
-            };
-            return Ok((Incoming::Over(over), Reply::last(standing(room, known))));
+            let word = standing(room, known, None);
+            return Ok((Incoming::Listening, Reply::last(word)));
         }
         let ours = (room.terms.oldest_version, room.terms.newest_version);
         let Some(version) = common_version(ours, theirs) else {
@@ -363,6 +366,7 @@ impl Incoming {
                 session: Some(running.session),
                 taken: true,
                 reason: None,
+                finished: false,
             }),
             other => other,
         }
@@ -379,15 +383,17 @@ impl Incoming {
                 session: self.session(),
                 taken: false,
                 reason: Some(reason),
+                finished: false,
             }),
         }
     }
 }
 
-fn standing(room: &Room<'_>, standing: Standing) -> Message {
+fn standing(room: &Room<'_>, standing: Standing, why: Option<&Reason>) -> Message {
     Message::Standing {
         ledger: room.ledger.id(),
         standing,
+        why: why.cloned(),
     }
 }
 
@@ -428,6 +434,7 @@ impl Failed {
                     session,
                     taken: false,
                     reason: Some(self.reason),
+                    finished: false,
                 };
                 return (Incoming::Over(over), reply);
             }
@@ -751,7 +758,7 @@ impl Copying {
         room.desk.close();
         room.machine.abort();
         let reply = match self.arrival.give_up(room.ledger) {
-            Ok(()) => Reply::last(standing(room, Standing::Declined)),
+            Ok(()) => Reply::last(standing(room, Standing::Declined, Some(&reason))),
             Err(unwritten) => Reply::last(Message::Refused {
                 phase: Phase::HandOver,
                 reason: unwritten,
@@ -761,6 +768,7 @@ impl Copying {
             session: Some(self.session),
             taken: false,
             reason: Some(reason),
+            finished: false,
         };
         (Incoming::Over(over), reply)
     }
@@ -821,9 +829,10 @@ impl Loaded {
                     session: Some(session),
                     taken: false,
                     reason: Some(reason),
+                    finished: false,
                 };
                 let reply = match copying.arrival.start_failed(room.ledger) {
-                    Ok(()) => standing(room, Standing::Declined),
+                    Ok(()) => standing(room, Standing::Declined, over.reason.as_ref()),
                     Err(reason) => Message::Refused {
                         phase: Phase::HandOver,
                         reason,

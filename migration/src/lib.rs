@@ -24,6 +24,7 @@ pub mod outgoing;
 pub mod pacing;
 pub mod pages;
 pub mod policy;
+pub mod receiver;
 pub mod report;
 mod sets;
 mod talk;

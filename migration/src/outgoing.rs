@@ -841,7 +841,7 @@ impl<'a> Crossing<'a> {
         let mut broke = self.ask_to_run(&go);
         loop {
             broke = match broke {
-                Broke::Word { from, taken } => match self.heard(from, taken)? {
+                Broke::Word { from, taken, why } => match self.heard(from, taken, why)? {
                     None => return Ok(()),
                     Some(doubt) => Broke::here(Reason::new(Cause::Link, doubt)),
                 },
@@ -867,7 +867,11 @@ impl<'a> Crossing<'a> {
             Ok(Message::Running { took }) => {
                 self.report.downtime.resume_there = took;
                 match self.peer_ledger {
-                    Some(from) => Broke::Word { from, taken: true },
+                    Some(from) => Broke::Word {
+                        from,
+                        taken: true,
+                        why: None,
+                    },
                     None => Broke::here(Reason::new(Cause::Protocol, "the other side has no ledger")),
                 }
             }
@@ -891,7 +895,7 @@ impl<'a> Crossing<'a> {
     }
 
     /// `None`: it is there. `Some`: the word proves nothing.
-    fn heard(&mut self, from: LedgerId, taken: bool) -> Result<Option<String>, Failure> {
+    fn heard(&mut self, from: LedgerId, taken: bool, why: Option<Reason>) -> Result<Option<String>, Failure> {
         let Some(departure) = self.departure.as_mut() else {
             return Ok(None);
         };
@@ -899,7 +903,8 @@ impl<'a> Crossing<'a> {
             Ok(Verdict::Gone) => Ok(None),
             Ok(Verdict::Back(permit)) => {
                 self.permit = Some(permit);
-                let reason = "the other side did not take the machine: it could not be started there";
+                let why = why.map_or_else(String::new, |reason| format!(": {reason}"));
+                let reason = format!("the other side did not take the machine{why}");
                 Err(self.fail(Side::Incoming, Reason::new(Cause::Declined, reason)))
             }
             Ok(Verdict::InDoubt(doubt)) => Ok(Some(doubt)),
@@ -1101,17 +1106,16 @@ impl<'a> Crossing<'a> {
                 self.fail(Side::Outgoing, Reason::new(cause, error.message))
             }
             Broke::For(side, reason) => self.fail(side, reason),
-            Broke::Word { taken, .. } => self.fail(
-                Side::Incoming,
-                Reason::new(
-                    Cause::Declined,
-                    if taken {
-                        "the other side says that it already has the machine"
-                    } else {
-                        "the other side has ended the crossing"
-                    },
-                ),
-            ),
+            Broke::Word {
+                why: Some(reason), ..
+            } => self.fail(Side::Incoming, reason),
+            Broke::Word { taken, .. } => {
+                let said = match taken {
+                    true => "the other side says that it already has the machine",
+                    false => "the other side has ended the crossing, or was restarted",
+                };
+                self.fail(Side::Incoming, Reason::new(Cause::Declined, said))
+            }
         }
     }
 }

@@ -16,7 +16,11 @@ pub(crate) enum Broke {
     /// There is no use in another connection.
     For(Side, Reason),
     /// The other side's final word on the whole crossing.
-    Word { from: LedgerId, taken: bool },
+    Word {
+        from: LedgerId,
+        taken: bool,
+        why: Option<Reason>,
+    },
 }
 
 impl From<LinkError> for Broke {
@@ -111,10 +115,15 @@ impl Talk {
                     return Err(LinkError::new(LinkErrorKind::Closed, reason.message).into());
                 }
                 Message::Refused { reason, .. } => return Err(Broke::For(Side::Incoming, reason)),
-                Message::Standing { ledger, standing } => {
+                Message::Standing {
+                    ledger,
+                    standing,
+                    why,
+                } => {
                     return Err(Broke::Word {
                         from: ledger,
                         taken: standing == Standing::Taken,
+                        why,
                     });
                 }
                 message => return Ok(message),

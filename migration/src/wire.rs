@@ -187,9 +187,11 @@ pub enum Message {
         stage: Stage,
         frames: Vec<u64>,
     },
+    /// The final word on a session, and why, as far as it is remembered.
     Standing {
         ledger: LedgerId,
         standing: Standing,
+        why: Option<Reason>,
     },
     Accepted {
         lanes: u16,
@@ -338,8 +340,18 @@ impl Message {
                 w.u8(66).u16(*version).flag(*stage == Stage::Loaded);
                 write_numbers(&mut w, frames);
             }
-            Message::Standing { ledger, standing } => {
-                w.u8(67).raw(&ledger.0).u8(standing_code(*standing));
+            Message::Standing {
+                ledger,
+                standing,
+                why,
+            } => {
+                w.u8(67)
+                    .raw(&ledger.0)
+                    .u8(standing_code(*standing))
+                    .flag(why.is_some());
+                if let Some(Reason { cause, message }) = why {
+                    w.u8(cause_code(*cause)).text(message, MAX_TEXT_BYTES);
+                }
             }
             Message::Accepted { lanes } => _ = w.u8(68).u16(*lanes),
             Message::Prepared { libraries } => {
@@ -479,10 +491,22 @@ impl Message {
                 },
                 frames: read_numbers(&mut r, usize::from(MAX_LANES), "number of lanes")?,
             },
-            67 => Message::Standing {
-                ledger: LedgerId(r.array("ledger")?),
-                standing: read_standing(&mut r)?,
-            },
+            67 => {
+                let ledger = LedgerId(r.array("ledger")?);
+                let standing = read_standing(&mut r)?;
+                let why = match r.flag("reason")? {
+                    true => Some(Reason {
+                        cause: read_cause(&mut r)?,
+                        message: r.text(MAX_TEXT_BYTES, "reason")?,
+                    }),
+                    false => None,
+                };
+                Message::Standing {
+                    ledger,
+                    standing,
+                    why,
+                }
+            }
             68 => Message::Accepted {
                 lanes: r.u16("number of lanes")?,
             },
