@@ -21,6 +21,8 @@ mod orders;
 mod pick;
 #[path = "../builtin/src/plan.rs"]
 mod plan;
+#[path = "../builtin/src/table.rs"]
+mod table;
 
 use content::{Identity, Version, WORDS};
 use journal::{BLOCK, Record, Scan, Super};
@@ -292,4 +294,51 @@ fn http_requests_are_cut_at_their_blank_line() {
         status(b"\xff\xfe\r\n\r\n"),
         Some((http::Status::BadRequest, true))
     );
+}
+
+#[test]
+fn a_log_block_gives_back_its_updates_or_nothing() {
+    let head = table::LogHead {
+        epoch: 3,
+        sequence: 9,
+        committed: 1000,
+    };
+    let updates = Vec::from_iter((0..table::UPDATES_PER_BLOCK as u32).map(|i| (i * 7, i + 1)));
+    let mut block = [0; BLOCK];
+    head.write(&updates, &mut block);
+    let (found, list) = table::LogHead::read(&block).expect("a sound block");
+    assert_eq!((found, Vec::from_iter(list)), (head, updates));
+    for byte in (0..BLOCK).step_by(41).chain([BLOCK - 1]) {
+        block[byte] ^= 0x80;
+        assert!(table::LogHead::read(&block).is_none(), "byte {byte}");
+        block[byte] ^= 0x80;
+    }
+    let header = table::Header {
+        rows: 17,
+        log_blocks: 256,
+        epoch: 3,
+        committed: 1000,
+        seed: 1,
+    };
+    header.write(&mut block);
+    assert_eq!(
+        (table::Header::read(&block), header.table_blocks()),
+        (Some(header), 2)
+    );
+    assert!(table::LogHead::read(&block).is_none());
+    block[17] ^= 1;
+    assert!(table::Header::read(&block).is_none() && table::Header::is_damaged(&block));
+}
+
+#[test]
+fn a_row_in_another_row_s_place_is_found() {
+    let row = table::row(5, 77, 1);
+    assert_eq!(table::version_of(&row, 5, 1), Some(77));
+    assert_eq!(table::version_of(&row, 6, 1), None);
+    assert_eq!(table::version_of(&row, 5, 2), None);
+    for word in 0..table::ROW_WORDS {
+        let mut bad = row;
+        bad[word] ^= 1;
+        assert_eq!(table::version_of(&bad, 5, 1), None, "word {word}");
+    }
 }

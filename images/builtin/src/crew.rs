@@ -9,7 +9,7 @@ use crate::evidence::Evidence;
 use crate::memory::{Memory, PAGE, Pages};
 use crate::pick::{Order, Picker};
 use crate::plan::Plan;
-use crate::table::{ROWS_PER_BLOCK, Row};
+use crate::table::{ROW_WORDS, ROWS_PER_BLOCK};
 use crate::virtio::block::{BLOCK, Shared};
 use crate::work::allocator::{Sweeper, Writer};
 use crate::work::database::{Database, LOG_BLOCKS, ROWS_PER_CHUNK, Rows};
@@ -178,11 +178,12 @@ impl<'a> Hiring<'a> {
             // SAFETY: as in `new`; words and roots are plain numbers.
             let (heap, roots) = unsafe {
                 (
-                    self.memory.take_zeroed::<u64>(words),
+                    self.memory.take_words::<1>(words),
                     self.memory.take_zeroed::<Root>(Collector::roots_for(words)),
                 )
             };
             if let (Some(heap), Some(roots)) = (heap, roots) {
+                let heap = heap.as_flattened_mut();
                 if let Some(place) = granted.heaps.get_mut(index) {
                     let from = heap.as_ptr() as u64;
                     *place = (from, from + 8 * heap.len() as u64);
@@ -277,7 +278,7 @@ impl<'a> Hiring<'a> {
         // SAFETY: as in `new`; zero is a row, a number and false.
         let (all, versions, changed) = unsafe {
             (
-                self.memory.take_zeroed::<Row>(count)?,
+                self.memory.take_words::<ROW_WORDS>(count)?,
                 self.memory.take_zeroed::<u32>(count)?,
                 self.memory.take_zeroed::<bool>(count.div_ceil(ROWS_PER_CHUNK))?,
             )

@@ -106,22 +106,41 @@ impl Memory {
         taken
     }
 
-    /// A zeroed slice in one piece, or None. Zero must be a valid `T`.
+    /// A zeroed slice in one piece, or None.
     ///
     /// # Safety
     /// No slice taken before the last `give_back_all` may be in use, and all zeroes must be a `T`.
     pub unsafe fn take_zeroed<T>(&mut self, count: usize) -> Option<&'static mut [T]> {
-        let pages = ((count * size_of::<T>()) as u64).div_ceil(PAGE);
-        let place =
-            (0..self.free.used).find(|&i| self.free.ranges[i].1 - self.free.ranges[i].0 > pages * PAGE)?;
-        let at = self.free.ranges[place].0;
-        self.free.ranges[place].0 += pages * PAGE;
-        self.free.count -= pages;
-        // SAFETY: the pages are mapped, belong to nobody else, and are zeroed before use.
+        // SAFETY: handed on; zeroed before anybody sees it.
         unsafe {
-            core::ptr::write_bytes(at as *mut u8, 0, (pages * PAGE) as usize);
-            Some(slice::from_raw_parts_mut(at as *mut T, count))
+            let at = self.take(count * size_of::<T>())? as *mut T;
+            core::ptr::write_bytes(at, 0, count);
+            Some(slice::from_raw_parts_mut(at, count))
         }
+    }
+
+    /// Words in one piece, with whatever is in them: large ones are not touched before they are needed.
+    ///
+    /// # Safety
+    /// As above.
+    pub unsafe fn take_words<const N: usize>(&mut self, count: usize) -> Option<&'static mut [[u64; N]]> {
+        // SAFETY: handed on; any bits are a number.
+        unsafe {
+            Some(slice::from_raw_parts_mut(
+                self.take(count * 8 * N)? as *mut [u64; N],
+                count,
+            ))
+        }
+    }
+
+    /// The address of so many bytes, mapped, aligned to a page, and nobody else's.
+    fn take(&mut self, bytes: usize) -> Option<u64> {
+        let size = (bytes as u64).next_multiple_of(PAGE);
+        let place = (0..self.free.used).find(|&i| self.free.ranges[i].1 - self.free.ranges[i].0 > size)?;
+        let at = self.free.ranges[place].0;
+        self.free.ranges[place].0 += size;
+        self.free.count -= size / PAGE;
+        Some(at)
     }
 }
 
