@@ -20,6 +20,7 @@ test-nested: setup images ## only the tests with stock Linux guests under nested
 check: setup            ## formatting, lints, licences and sources of dependencies, documentation
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	cd images/builtin && $(CARGO) fmt --check && $(CARGO) clippy --release --locked --target-dir ../../target/guest -- -D warnings
 	scripts/deny
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
 

@@ -9,7 +9,7 @@ use crate::evidence::Evidence;
 use crate::memory::{Memory, PAGE, Pages};
 use crate::pick::{Order, Picker};
 use crate::plan::Plan;
-use crate::table::{ROW_WORDS, ROWS_PER_BLOCK};
+use crate::table::{ROW_WORDS, ROWS_PER_BLOCK, UPDATES_PER_BLOCK, Update};
 use crate::virtio::block::{BLOCK, Shared};
 use crate::work::allocator::{Sweeper, Writer};
 use crate::work::database::{Database, LOG_BLOCKS, ROWS_PER_CHUNK, Rows};
@@ -276,17 +276,19 @@ impl<'a> Hiring<'a> {
     fn hire_database(&mut self, plan: &Plan, disk: &'static Shared, base: u64, rows: u64) -> Option<()> {
         let count = rows as usize;
         // SAFETY: as in `new`; zero is a row, a number and false.
-        let (all, versions, changed) = unsafe {
+        let (all, versions, changed, group) = unsafe {
             (
                 self.memory.take_words::<ROW_WORDS>(count)?,
                 self.memory.take_zeroed::<u32>(count)?,
                 self.memory.take_zeroed::<bool>(count.div_ceil(ROWS_PER_CHUNK))?,
+                self.memory.take_zeroed::<Update>(UPDATES_PER_BLOCK)?,
             )
         };
         let table = Rows {
             rows: all,
             versions,
             changed,
+            group,
         };
         let hot = (rows * plan.update_percent / 100).max(1);
         let (pace, check) = (Pace::of(plan.updates, 1), Pace::of(plan.check, 1));

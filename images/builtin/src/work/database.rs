@@ -43,6 +43,8 @@ pub struct Rows {
     pub versions: &'static mut [u32],
     /// Which chunks differ from the disk.
     pub changed: &'static mut [bool],
+    /// The updates that are on their way to the log.
+    pub group: &'static mut [Update],
 }
 
 pub struct Database {
@@ -56,8 +58,6 @@ pub struct Database {
     pace: Option<Pace>,
     check_pace: Option<Pace>,
     check_cursor: usize,
-    /// The updates that are on their way to the log.
-    group: [Update; UPDATES_PER_BLOCK],
     group_size: usize,
     sequence: u64,
     replayed: u64,
@@ -93,7 +93,6 @@ impl Database {
             pace,
             check_pace: check,
             check_cursor: 0,
-            group: [(0, 0); UPDATES_PER_BLOCK],
             group_size: 0,
             sequence: 1,
             replayed: 0,
@@ -130,7 +129,7 @@ impl Database {
             }
             while self.group_size < due as usize {
                 let row = self.picker.next() as u32;
-                let before = self.group[..self.group_size]
+                let before = self.table.group[..self.group_size]
                     .iter()
                     .rev()
                     .find(|u| u.0 == row)
@@ -138,7 +137,7 @@ impl Database {
                 let version = before
                     .unwrap_or(self.table.versions[row as usize])
                     .wrapping_add(1);
-                self.group[self.group_size] = (row, version);
+                self.table.group[self.group_size] = (row, version);
                 self.group_size += 1;
             }
         }
@@ -166,7 +165,7 @@ impl Database {
             Phase::Save(chunk) => {
                 let first = chunk as usize * ROWS_PER_CHUNK;
                 let rows = &self.table.rows[first..(first + ROWS_PER_CHUNK).min(self.table.rows.len())];
-                let length = (rows.len() * size_of::<Row>()).next_multiple_of(BLOCK_BYTES);
+                let length = size_of_val(rows).next_multiple_of(BLOCK_BYTES);
                 io.request(Kind::Write, table_at + chunk * CHUNK_BLOCKS, length, |bytes| {
                     for (place, word) in bytes.chunks_exact_mut(8).zip(rows.iter().flatten()) {
                         place.copy_from_slice(&word.to_le_bytes());
@@ -186,7 +185,7 @@ impl Database {
                 })
             }
             Phase::Run => {
-                let updates = &self.group[..self.group_size];
+                let updates = &self.table.group[..self.group_size];
                 let committed = head.committed + updates.len() as u64;
                 let log = LogHead {
                     epoch: head.epoch,
@@ -289,7 +288,7 @@ impl Database {
             Phase::Run => Phase::FlushLog,
             Phase::FlushLog => {
                 for i in 0..self.group_size {
-                    self.table.set(self.group[i], self.head.seed);
+                    self.table.set(self.table.group[i], self.head.seed);
                 }
                 self.head.committed += self.group_size as u64;
                 self.group_size = 0;
