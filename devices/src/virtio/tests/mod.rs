@@ -1,12 +1,14 @@
 //! The list of all virtio devices, each with its bench, for the tests that every device must pass.
 
 mod balloon;
+mod block;
 mod console;
 mod rng;
 
 crate::testing::suspendable::suspendable_virtio_tests! {
     Rng => rng_tests: crate::virtio::tests::rng::RngBench,
     Console => console_tests: crate::virtio::tests::console::ConsoleBench,
+    Block => block_tests: crate::virtio::tests::block::BlockBench,
     Balloon => balloon_tests: crate::virtio::tests::balloon::BalloonBench,
-    ; not_here_yet: Net, Block
+    ; not_here_yet: Net
 }
