@@ -28,6 +28,19 @@ pub(crate) enum CarryError {
     Stopped,
 }
 
+/// What the workers and the one who watches them tell each other.
+#[derive(Debug, Default)]
+pub(crate) struct Meters {
+    /// End now, in the middle of a frame if need be: the lanes are of no more use afterwards.
+    pub(crate) stop: AtomicBool,
+    /// Begin no more batches: what is begun is finished, and the lanes stay good.
+    pub(crate) enough: AtomicBool,
+    pub(crate) sent_bytes: AtomicU64,
+    /// Nanoseconds that the pace held data back, and that the lanes were busy sending; over all lanes.
+    pub(crate) held_back: AtomicU64,
+    pub(crate) sending: AtomicU64,
+}
+
 /// What all workers of a round share.
 pub(crate) struct Work<'a> {
     pub(crate) cargo: &'a [Cargo],
@@ -35,19 +48,13 @@ pub(crate) struct Work<'a> {
     pub(crate) memory: &'a Memory,
     pub(crate) pace: &'a Mutex<Pace>,
     pub(crate) clock: &'a dyn Clock,
-    /// End now, in the middle of a frame if need be: the lanes are of no more use afterwards.
-    pub(crate) stop: &'a AtomicBool,
-    /// Begin no more batches: what is begun is finished, and the lanes stay good.
-    pub(crate) enough: &'a AtomicBool,
-    /// Nanoseconds that the pace held data back, all in all.
-    pub(crate) held_back: &'a AtomicU64,
-    pub(crate) sent_bytes: &'a AtomicU64,
+    pub(crate) meters: &'a Meters,
     pub(crate) round: u32,
 }
 
 impl Work<'_> {
     fn ends(&self) -> bool {
-        self.stop.load(Ordering::Acquire) || self.enough.load(Ordering::Acquire)
+        self.meters.stop.load(Ordering::Acquire) || self.meters.enough.load(Ordering::Acquire)
     }
 }
 
@@ -123,6 +130,15 @@ impl Carrier {
     pub(crate) fn drop_lanes(&mut self) {
         self.spare
             .extend(self.workers.drain(..).map(|worker| worker.encoder));
+    }
+
+    /// How many lanes may be busy at the same time.
+    pub(crate) fn busy_at_once(&self) -> u32 {
+        if self.parallel {
+            self.workers.len().max(1) as u32
+        } else {
+            1
+        }
     }
 
     /// How many frames left on each lane.
@@ -271,7 +287,7 @@ impl Worker {
         let Some(cargo) = work.cargo.get(batch.cargo) else {
             return Ok(Carried::default());
         };
-        if work.stop.load(Ordering::Acquire) {
+        if work.meters.stop.load(Ordering::Acquire) {
             return Err(CarryError::Stopped);
         }
         work.custody
@@ -305,7 +321,11 @@ impl Worker {
             let bytes = frame.len();
             counts.wire_bytes = bytes as u64;
             send_paced(&mut **lane, frame, work)?;
-            encoder.costs.sent(bytes, work.clock.now().saturating_sub(start));
+            let took = work.clock.now().saturating_sub(start);
+            encoder.costs.sent(bytes, took);
+            work.meters
+                .sending
+                .fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
         }
         let mut carried = Carried {
             frames,
@@ -329,20 +349,21 @@ fn send_paced(lane: &mut dyn Lane, frame: &[u8], work: &Work<'_>) -> Result<(), 
         };
         let (now, later) = rest.split_at(piece);
         let until = work.clock.now() + wait;
-        work.held_back
+        work.meters
+            .held_back
             .fetch_add(wait.as_nanos() as u64, Ordering::Relaxed);
         loop {
             let left = until.saturating_sub(work.clock.now());
             if left.is_zero() {
                 break;
             }
-            if work.stop.load(Ordering::Acquire) {
+            if work.meters.stop.load(Ordering::Acquire) {
                 return Err(CarryError::Stopped);
             }
             work.clock.sleep(left.min(PATIENCE));
         }
         lane.send(now).map_err(CarryError::Link)?;
-        work.sent_bytes.fetch_add(piece as u64, Ordering::Relaxed);
+        work.meters.sent_bytes.fetch_add(piece as u64, Ordering::Relaxed);
         rest = later;
     }
     Ok(())

@@ -1,11 +1,11 @@
 //! Copying while the machine runs: slices of a round, what was measured in each, and what the policy says next.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::block::{BlockKind, DataError};
-use crate::carrier::{Cargo, Carried, Carrier, CarryError, Work};
+use crate::carrier::{Cargo, Carried, Carrier, CarryError, Meters, Work};
 use crate::clock::Clock;
 use crate::custody::Custody;
 use crate::pacing::Pace;
@@ -16,8 +16,6 @@ use crate::sets::Sets;
 
 /// How many slices the policy may look back.
 const SAMPLES_KEPT: usize = 200;
-/// A slice that sent less than this says nothing about the link.
-const TELLING_BYTES: u64 = 1 << 20;
 /// How often notes are taken over just to see which pages are written again. Each costs the guest a write fault.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
@@ -183,33 +181,29 @@ impl Copying {
         &mut self,
         means: &mut Means<'_>,
         decision: &Decision,
-        sent_bytes: &AtomicU64,
         tick: &mut dyn FnMut(u64) -> Tick,
     ) -> Result<bool, CarryError> {
         let Some(plan) = self.plan.take() else {
             return Ok(true);
         };
         let start = means.clock.now();
-        let (stop, enough, held_back) = (AtomicBool::new(false), AtomicBool::new(false), AtomicU64::new(0));
+        let meters = Meters::default();
         let work = Work {
             cargo: means.cargo,
             custody: means.custody,
             memory: means.memory,
             pace: means.pace,
             clock: means.clock,
-            stop: &stop,
-            enough: &enough,
-            sent_bytes,
-            held_back: &held_back,
+            meters: &meters,
             round: self.round,
         };
         let outcome = means.carrier.carry(&work, plan.as_slice(), &mut || {
             let passed = means.clock.now().saturating_sub(start);
-            match tick(sent_bytes.load(Ordering::Relaxed)) {
-                Tick::GoOn if passed >= decision.ask_again => enough.store(true, Ordering::Release),
+            match tick(meters.sent_bytes.load(Ordering::Relaxed)) {
+                Tick::GoOn if passed >= decision.ask_again => meters.enough.store(true, Ordering::Release),
                 Tick::GoOn => {}
-                Tick::Enough => enough.store(true, Ordering::Release),
-                Tick::Stop => stop.store(true, Ordering::Release),
+                Tick::Enough => meters.enough.store(true, Ordering::Release),
+                Tick::Stop => meters.stop.store(true, Ordering::Release),
             }
         });
         let carried = outcome?;
@@ -221,7 +215,7 @@ impl Copying {
             .survey(means.cargo, means.clock, &taken)
             .map_err(CarryError::Data)?;
         let copied = carried.memory.plain_bytes + carried.disk.plain_bytes;
-        let paced = Duration::from_nanos(held_back.into_inner()) > time / 20;
+        let paced = Duration::from_nanos(meters.held_back.into_inner()) > time / 20;
         let mut would_copy = self.todo.without(&taken);
         would_copy.union(&self.noted);
         self.history.remaining_bytes = would_copy.bytes(means.cargo);
@@ -229,10 +223,16 @@ impl Copying {
         self.history.round.copied_bytes += copied;
         self.history.round.wire_bytes += carried.wire_bytes();
         self.history.round.dirty_bytes = self.noted.bytes(means.cargo);
-        if !paced && carried.wire_bytes() >= TELLING_BYTES && !time.is_zero() {
+        if !paced && carried.wire_bytes() > 0 && !time.is_zero() {
+            let busy = Duration::from_nanos(meters.sending.into_inner()) / means.carrier.busy_at_once();
             let rate = carried.wire_bytes() as f64 / time.as_secs_f64();
-            let known = self.history.link_bytes_per_sec.unwrap_or(rate);
-            self.history.link_bytes_per_sec = Some(known + (rate - known) / 4.0);
+            self.history.link_bytes_per_sec = match self.history.link_bytes_per_sec {
+                // The link was what took the time: this is what it carries.
+                Some(known) if busy > time / 2 => Some(known + (rate - known) / 4.0),
+                // Something else did: it carries at least this.
+                Some(known) => Some(known.max(rate)),
+                None => Some(rate),
+            };
         }
         if decision.waiting {
             self.history.waited += time;
@@ -379,11 +379,10 @@ impl Copying {
         &mut self,
         means: &mut Means<'_>,
         kind: BlockKind,
-        sent_bytes: &AtomicU64,
         tick: &mut dyn FnMut() -> bool,
     ) -> Result<Carried, CarryError> {
         let plan = self.todo.only(means.cargo, kind);
-        let (stop, enough, held_back) = (AtomicBool::new(false), AtomicBool::new(false), AtomicU64::new(0));
+        let meters = Meters::default();
         means
             .pace
             .lock()
@@ -395,15 +394,12 @@ impl Copying {
             memory: means.memory,
             pace: means.pace,
             clock: means.clock,
-            stop: &stop,
-            enough: &enough,
-            sent_bytes,
-            held_back: &held_back,
+            meters: &meters,
             round: self.round,
         };
         means.carrier.carry(&work, plan.as_slice(), &mut || {
             if tick() {
-                stop.store(true, Ordering::Release);
+                meters.stop.store(true, Ordering::Release);
             }
         })
     }

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use crate::block::{BlockId, BlockKind, Name, Span, name_of_block};
@@ -59,7 +58,6 @@ struct Crossing<'a> {
     carrier: Carrier,
     copying: Option<Copying>,
     pace: Mutex<Pace>,
-    sent_bytes: AtomicU64,
     state: Vec<u8>,
     /// The last `RoundEnd` was said and its answer not heard yet.
     rest_unheard: bool,
@@ -124,7 +122,6 @@ impl<'a> Crossing<'a> {
             carrier: Carrier::new(options.compression, parallel),
             copying: None,
             pace: Mutex::new(Pace::new(None)),
-            sent_bytes: AtomicU64::new(0),
             state: Vec::new(),
             rest_unheard: false,
             stage: Stage::Copying,
@@ -382,6 +379,10 @@ impl<'a> Crossing<'a> {
             return Ok(None);
         }
         match decision.action {
+            // Nothing is left to decide about.
+            Action::GoOn if copying.history.between_rounds && copying.history.remaining_bytes == 0 => {
+                return Ok(None);
+            }
             Action::Switch => {
                 if let Some(last) = self.report.rounds.last_mut() {
                     last.decision = "switch".into();
@@ -454,6 +455,14 @@ impl<'a> Crossing<'a> {
         let (clock, handle, observer) = (self.world.clock, self.world.handle, self.world.observer);
         let machine = &mut *self.world.machine;
         let start = self.start;
+        let remaining_bytes = copying.history.remaining_bytes;
+        let sent_before = copying.history.round.wire_bytes
+            + self
+                .report
+                .rounds
+                .iter()
+                .map(|round| round.wire_bytes)
+                .sum::<u64>();
         let mut tick = |sent_bytes: u64| {
             if let Some(reason) = cancelled(handle) {
                 stopped = Some(reason);
@@ -470,11 +479,12 @@ impl<'a> Crossing<'a> {
             if now.saturating_sub(shown) >= SHOW_EVERY {
                 shown = now;
                 let at = now.saturating_sub(start);
+                let sent_bytes = sent_before + sent_bytes;
                 observer.event(&Event::Progress {
                     round,
                     at,
                     sent_bytes,
-                    remaining_bytes: 0,
+                    remaining_bytes,
                 });
             }
             if handle.wants_switch() {
@@ -491,7 +501,7 @@ impl<'a> Crossing<'a> {
             pace: &self.pace,
             clock,
         };
-        let outcome = copying.slice(&mut means, decision, &self.sent_bytes, &mut tick);
+        let outcome = copying.slice(&mut means, decision, &mut tick);
         if let Some(reason) = stopped {
             return Err(Broke::here(reason));
         }
@@ -674,7 +684,7 @@ impl<'a> Crossing<'a> {
             };
             round.round = copying.round;
             let carried = copying
-                .rest(&mut means, kind, &self.sent_bytes, &mut || handle.is_cancelled())
+                .rest(&mut means, kind, &mut || handle.is_cancelled())
                 .map_err(|error| match (error, cancelled(handle)) {
                     (CarryError::Stopped, Some(reason)) => Broke::here(reason),
                     (error, _) => carry_broke(error),

@@ -28,7 +28,8 @@ pub enum Event {
         bandwidth_bytes_per_sec: Option<u64>,
         reason: String,
     },
-    /// Several times a second while data is carried.
+    /// Several times a second while data is carried: sent so far on the lanes, and what remained to be copied at
+    /// the last look.
     Progress {
         round: u32,
         at: Duration,

@@ -1,4 +1,5 @@
 //! Whole crossings over real sockets, with real threads and real time.
+#![allow(clippy::unwrap_used)] // a test's own helpers
 
 mod common;
 
