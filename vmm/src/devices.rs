@@ -76,7 +76,15 @@ impl Devices {
             Arc::new(DebugExit::new(events.clone())),
         ))?;
         wiring.serial.attach(com1.clone());
-        let pci = Pci::create(config, resources, vm, interrupts, events, (&ports, &memory))?;
+        let pci = Pci::create(
+            config,
+            resources,
+            vm,
+            interrupts,
+            events,
+            (&ports, &memory),
+            &wiring.console,
+        )?;
         let config_ports = pci.stateful();
         Ok(Devices {
             ports,

@@ -21,6 +21,8 @@ pub mod machine;
 pub mod memory;
 pub mod name;
 mod pci;
+mod place;
+mod reclaim;
 mod resources;
 pub mod rundir;
 pub mod serve;

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use ferry_devices::disk::{Disk, Ownership};
 use ferry_devices::ram::Ram;
 use ferry_devices::request::{MachineEvents, MachineRequest};
+use ferry_devices::virtio::balloon::BalloonControl;
+use ferry_devices::virtio::net::NetHandle;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -22,7 +24,8 @@ use crate::kvm::vm::Vm;
 use crate::kvm::{self, Capabilities};
 use crate::lifecycle::{Event, Lifecycle, State, StopReason};
 use crate::memory;
-use crate::resources::Resources;
+use crate::place::Announcers;
+use crate::resources::{self, Resources};
 use crate::vcpu::{EndSink, Parker, Surroundings, Vcpu};
 
 pub struct Machine {
@@ -31,6 +34,7 @@ pub struct Machine {
     cpuid: Vec<Leaf>,
     ram: Ram,
     resources: Resources,
+    announcers: Announcers,
     keeper: Arc<Keeper>,
     wiring: Wiring,
     body: Mutex<Option<Body>>,
@@ -107,6 +111,7 @@ impl Machine {
 
     fn empty(config: &MachineConfig, wiring: &Wiring, ownership: Ownership) -> Result<Machine> {
         config.validate()?;
+        let config = &resources::settled(config)?;
         let kvm = kvm::open()?;
         let caps = Capabilities::probe(&kvm)?;
         if config.cpus > caps.max_vcpus {
@@ -130,6 +135,7 @@ impl Machine {
             cpuid,
             ram,
             resources,
+            announcers: Announcers::default(),
             keeper,
             wiring: wiring.clone(),
             body: Mutex::new(None),
@@ -191,6 +197,9 @@ impl Machine {
     fn go(&self, event: Event) -> Result<()> {
         let body = self.body();
         let body = body.as_ref().ok_or_else(Self::gone)?;
+        // A machine that cannot join its network does not start, and stays as it was.
+        crate::lifecycle::next(&self.keeper.life.state(), event.clone())?;
+        self.resources.join_network()?;
         self.keeper.life.apply(event)?;
         body.devices.pci.resume();
         body.vcpus.iter().for_each(Vcpu::run);
@@ -265,6 +274,28 @@ impl Machine {
 
     pub fn disks(&self) -> &[Arc<Disk>] {
         &self.resources.disks
+    }
+
+    /// The network devices, for their counters and links; none once the machine has been taken apart.
+    pub fn nets(&self) -> Vec<NetHandle> {
+        self.body()
+            .as_ref()
+            .map(|body| body.devices.pci.nets.clone())
+            .unwrap_or_default()
+    }
+
+    pub fn balloon(&self) -> Option<Arc<BalloonControl>> {
+        self.body()
+            .as_ref()
+            .and_then(|body| body.devices.pci.balloon.clone())
+    }
+
+    pub(crate) fn resources(&self) -> &Resources {
+        &self.resources
+    }
+
+    pub(crate) fn announcers(&self) -> &Announcers {
+        &self.announcers
     }
 
     pub fn config(&self) -> &MachineConfig {

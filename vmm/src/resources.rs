@@ -1,28 +1,71 @@
-//! What a machine holds of its host, beside memory: disk images. Opened once; a rebuilt machine gets the same ones.
+//! What a machine holds of its host, beside memory: disk images and TAP devices. Opened once; a rebuilt machine gets the
+//! same ones.
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use ferry_devices::disk::{self, Disk, DiskCache, DiskLimits, DiskOptions, Ownership};
 
-use crate::config::{CacheMode, DiskConfig, DiskFormat, MachineConfig};
+use ferry_network::{Tap, TapConfig};
+
+use crate::config::{CacheMode, DiskConfig, DiskFormat, MacAddress, MachineConfig};
 use crate::error::{MachineError, Result};
 
 pub(crate) struct Resources {
     pub(crate) disks: Vec<Arc<Disk>>,
+    pub(crate) taps: Vec<Tap>,
 }
 
 impl Resources {
+    /// The configuration must be [`settled`]. TAPs that are made here stay down until the machine runs.
     pub(crate) fn open(config: &MachineConfig, ownership: Ownership) -> Result<Resources> {
         let disks = config.disks.iter().map(|disk| {
             let disk = Disk::open(&options(disk, ownership))
                 .map_err(|error| MachineError::Host(error.to_string()))?;
             Ok(Arc::new(disk))
         });
+        let taps = config.nets.iter().map(|net| {
+            let tap = TapConfig {
+                name: net.tap.clone(),
+                bridge: net.bridge.clone(),
+                queue_pairs: net.queues.unwrap_or(1),
+                guest_mac: net.mac.map(|mac| mac.0).unwrap_or_default(),
+            };
+            Tap::open(&tap).map_err(|error| MachineError::Host(error.to_string()))
+        });
         Ok(Resources {
             disks: disks.collect::<Result<_>>()?,
+            taps: taps.collect::<Result<_>>()?,
         })
     }
+
+    /// The machine's network interfaces come up: it runs here.
+    pub(crate) fn join_network(&self) -> Result<()> {
+        self.taps
+            .iter()
+            .try_for_each(|tap| tap.join().map_err(|error| MachineError::Host(error.to_string())))
+    }
+
+    /// They go down: it may run elsewhere now.
+    pub(crate) fn leave_network(&self) -> Result<()> {
+        self.taps
+            .iter()
+            .try_for_each(|tap| tap.leave().map_err(|error| MachineError::Host(error.to_string())))
+    }
+}
+
+/// The configuration with everything decided that the user left open and that must stay the same over a crossing.
+pub(crate) fn settled(config: &MachineConfig) -> Result<MachineConfig> {
+    let mut config = config.clone();
+    for net in &mut config.nets {
+        if net.mac.is_none() {
+            let mac = ferry_network::random_mac().map_err(|error| {
+                MachineError::Host(format!("no random network address could be made: {error}"))
+            })?;
+            net.mac = Some(MacAddress(mac));
+        }
+    }
+    Ok(config)
 }
 
 fn options(config: &DiskConfig, ownership: Ownership) -> DiskOptions {

@@ -6,3 +6,4 @@ mod boot;
 mod disks;
 mod ends;
 mod harness;
+mod net;
