@@ -5,6 +5,8 @@ pub mod clock;
 pub mod console_io;
 pub mod disk;
 pub mod error;
+#[cfg(test)]
+mod golden;
 pub mod irq;
 pub mod legacy;
 pub mod log_once;

@@ -372,8 +372,10 @@ fn runner(name: &str, cases: u32) -> TestRunner {
         )
         .into_boxed_str(),
     ));
+    // A case that fails by waiting is slow to shrink.
     TestRunner::new(Config {
         cases,
+        max_shrink_time: 30_000,
         failure_persistence: Some(Box::new(file)),
         ..Config::default()
     })
