@@ -45,6 +45,8 @@ struct Crossing<'a> {
     start: Duration,
     phase: Phase,
     talk: Talk,
+    /// Somebody answered at the other side's address.
+    reached: bool,
     attempt: u32,
     /// The attempt whose frames are not settled yet.
     sent_in: u32,
@@ -107,6 +109,7 @@ impl<'a> Crossing<'a> {
             start,
             phase: Phase::Negotiate,
             talk: Talk::default(),
+            reached: false,
             attempt: 0,
             sent_in: 0,
             version: 0,
@@ -303,7 +306,7 @@ impl<'a> Crossing<'a> {
             match step(self) {
                 Ok(()) => return Ok(()),
                 // The receiver was never reached: trying again is the user's decision.
-                Err(Broke::Link(error)) if self.peer_ledger.is_none() && self.attempt <= 1 => {
+                Err(Broke::Link(error)) if !self.reached => {
                     return Err(self.broke(Broke::Link(error)));
                 }
                 Err(Broke::Link(error)) if self.world.clock.now() < until => self.wait_to_retry(&error)?,
@@ -317,6 +320,7 @@ impl<'a> Crossing<'a> {
         self.carrier.drop_lanes();
         self.attempt += 1;
         let peer = self.world.link.control()?;
+        self.reached = true;
         self.talk.begin(peer);
         self.talk.say(&Message::Hello {
             oldest: self.options.oldest_version,
