@@ -208,3 +208,124 @@ impl Drop for Custody {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::BlockKind;
+    use crate::pages::cache::DeltaCache;
+    use crate::pages::sent::SentHashes;
+    use proptest::prelude::*;
+
+    /// A source that only keeps notes, and keeps them for ever.
+    struct Notes(Mutex<UnitSet>);
+
+    const BLOCK: BlockId = BlockId(3);
+    const UNITS: u64 = 64;
+
+    impl Source for Notes {
+        fn info(&self) -> BlockInfo {
+            let (kind, name) = (BlockKind::Memory, String::new());
+            BlockInfo {
+                id: BLOCK,
+                kind,
+                name,
+                bytes: UNITS * 4096,
+            }
+        }
+        fn start_tracking(&self) -> Result<(), DataError> {
+            Ok(())
+        }
+        fn stop_tracking(&self) {}
+        fn first_pass(&self) -> Result<UnitSet, DataError> {
+            Ok(UnitSet::full(UNITS))
+        }
+        fn survey(&self, changed: &mut UnitSet) -> Result<(), DataError> {
+            changed.union(&lock(&self.0));
+            Ok(())
+        }
+        fn take(&self, spans: &[Span]) -> Result<(), DataError> {
+            spans
+                .iter()
+                .for_each(|s| lock(&self.0).remove_run(s.first, u64::from(s.count)));
+            // Some sources fail half way: what they cleared before is owed all the same.
+            if spans.iter().any(|s| s.first == 60) {
+                Err(DataError::new("broken"))
+            } else {
+                Ok(())
+            }
+        }
+        fn put_back(&self, spans: &[Span]) {
+            spans
+                .iter()
+                .for_each(|s| lock(&self.0).insert_run(s.first, u64::from(s.count)));
+        }
+        fn read(&self, _: Span, _: &mut [u8]) -> Result<(), DataError> {
+            Ok(())
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Take { first: u64, send: bool },
+        Watch { first: u64 },
+        AllDelivered,
+        LinkBreaks { held: u64 },
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            4 => (0u64..62, any::<bool>()).prop_map(|(first, send)| Step::Take { first, send }),
+            1 => (0u64..58).prop_map(|first| Step::Watch { first }),
+            1 => Just(Step::AllDelivered),
+            1 => (0u64..6).prop_map(|held| Step::LinkBreaks { held }),
+        ];
+        proptest::collection::vec(step, 0..40)
+    }
+
+    proptest! {
+        /// Whatever happens, a noted unit is delivered, or it is noted again when custody ends.
+        #[test]
+        fn no_dirty_bit_is_lost(steps in steps()) {
+            let source: Arc<dyn Source> = Arc::new(Notes(Mutex::new(UnitSet::full(UNITS))));
+            let memory = Memory { cache: DeltaCache::new(0), sent: SentHashes::new(1, &[source.info()]) };
+            let custody = Custody::new(std::slice::from_ref(&source), 1, Arc::new(memory));
+            let (mut delivered, mut on_the_way) = (UnitSet::empty(UNITS), Vec::new());
+            let mut sequence = 0;
+            for step in steps {
+                match step {
+                    Step::Take { first, send } => {
+                        let span = Span { block: BLOCK, first, count: 3.min((UNITS - first) as u32) };
+                        if custody.take(BLOCK, &[span]).is_ok() && send {
+                            sequence += 1;
+                            custody.sent(0, sequence, &[span]);
+                            on_the_way.push((sequence, span));
+                        }
+                    }
+                    Step::Watch { first } => {
+                        custody.watch(BLOCK, &[Span { block: BLOCK, first, count: 2 }]).unwrap();
+                    }
+                    Step::AllDelivered => {
+                        custody.delivered_all().iter().for_each(|set| delivered.union(set));
+                        on_the_way.clear();
+                        sequence = 0;
+                    }
+                    Step::LinkBreaks { held } => {
+                        for (number, span) in on_the_way.drain(..) {
+                            if number <= held {
+                                delivered.insert_run(span.first, u64::from(span.count));
+                            }
+                        }
+                        let settled = custody.settle(&[held]);
+                        prop_assert!(settled[0].1.runs().all(|(first, _)| delivered.contains(first)));
+                        sequence = 0;
+                    }
+                }
+            }
+            drop(custody);
+            let mut accounted = delivered;
+            source.survey(&mut accounted).unwrap();
+            prop_assert_eq!(accounted.count(), UNITS, "a unit is neither delivered nor noted");
+        }
+    }
+}
