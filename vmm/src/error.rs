@@ -27,7 +27,6 @@ pub enum MachineError {
 pub type Result<T, E = MachineError> = std::result::Result<T, E>;
 
 /// `.doing("set the registers of CPU 0")` on a KVM result.
-#[allow(dead_code)]
 pub(crate) trait Doing<T> {
     fn doing(self, what: impl fmt::Display) -> Result<T>;
 }

@@ -1,4 +1,7 @@
 //! Interrupts from devices into KVM: lines of the IOAPIC, and messages by routing entries with an event each (irqfd).
+//!
+//! A message that is on its way inside KVM when the APICs are saved would be lost; therefore a restored function sends each
+//! of its interrupts once (`VirtioPci`), and nothing is waited for here.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -200,22 +203,6 @@ pub struct Messages {
 }
 
 impl Messages {
-    /// Waits until every interrupt that was triggered is in the guest's APICs. KVM may carry an event's interrupt out
-    /// later, in a worker of its own; taking the event off waits for that. Without this, an interrupt that was on its
-    /// way while the APICs are saved is lost.
-    pub fn flush(&self) -> Result<()> {
-        let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
-        for slot in self
-            .slots
-            .iter()
-            .filter(|slot| slot.armed.load(Ordering::Acquire))
-        {
-            self.disconnect(slot)?;
-            self.connect(slot)?;
-        }
-        Ok(())
-    }
-
     fn connect(&self, slot: &Slot) -> Result<()> {
         self.all
             .vm

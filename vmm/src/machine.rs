@@ -7,54 +7,50 @@ use std::time::{Duration, Instant};
 use ferry_devices::disk::{Disk, Ownership};
 use ferry_devices::ram::Ram;
 use ferry_devices::request::{MachineEvents, MachineRequest};
+use ferry_devices::state::Record;
 use ferry_devices::virtio::balloon::BalloonControl;
 use ferry_devices::virtio::net::NetHandle;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::body::Body;
 use crate::boot;
 use crate::config::MachineConfig;
 use crate::console::Hub;
-use crate::cpu::cpuid::{self, Leaf};
-use crate::devices::Devices;
+use crate::cpu::cpuid;
+use crate::cpu::description::{Description, HostFeatures, compatible};
+use crate::cpu::template;
+use crate::crossing::DirtyLog;
+use crate::devices::Around;
 use crate::error::{Doing, MachineError, Result};
-use crate::interrupts::Interrupts;
+use crate::kvm::dirty::RegionLog;
 use crate::kvm::vm::Vm;
 use crate::kvm::{self, Capabilities};
-use crate::lifecycle::{Event, Lifecycle, State, StopReason};
-use crate::memory;
+use crate::lifecycle::{Event, Lifecycle, State, StopReason, next};
+use crate::memory::{self, regions};
 use crate::place::Announcers;
 use crate::resources::{self, Resources};
-use crate::vcpu::{EndSink, Parker, Surroundings, Vcpu};
+use crate::state::msrs;
+use crate::throttle::Throttle;
+use crate::vcpu::{EndSink, Parker, Vcpu};
 
 pub struct Machine {
     config: MachineConfig,
-    host: Host,
-    cpuid: Vec<Leaf>,
+    description: Description,
+    kvm: Kvm,
+    caps: Capabilities,
     ram: Ram,
     resources: Resources,
     announcers: Announcers,
-    keeper: Arc<Keeper>,
     wiring: Wiring,
+    keeper: Arc<Keeper>,
+    throttle: Throttle,
     body: Mutex<Option<Body>>,
 }
 
-/// KVM here.
-pub(crate) struct Host {
-    pub(crate) kvm: Kvm,
-    pub(crate) caps: Capabilities,
-}
-
-/// All that a pulse throws away and makes anew: everything but the memory.
-struct Body {
-    // Dropped in this order: CPUs stop before their devices go.
-    vcpus: Vec<Vcpu>,
-    devices: Devices,
-    vm: Arc<Vm>,
-}
-
 /// Knows the machine's state and how to stop its vCPUs. This is what vCPUs and devices report to.
+#[derive(Default)]
 struct Keeper {
     life: Lifecycle,
     parkers: Mutex<Vec<Parker>>,
@@ -88,6 +84,10 @@ impl MachineEvents for Keeper {
 pub struct Info {
     pub state: State,
     pub config: MachineConfig,
+    /// How often each vCPU left the guest.
+    pub exits: Vec<u64>,
+    /// What this host's KVM cannot do, one sentence each.
+    pub without: Vec<String>,
 }
 
 /// What a machine's consoles are connected to. A device writes to a clone of its hub and attaches itself for input,
@@ -101,7 +101,7 @@ pub struct Wiring {
 impl Machine {
     /// A machine with its kernel loaded, ready to start.
     pub fn create(config: &MachineConfig, wiring: &Wiring) -> Result<Machine> {
-        let machine = Machine::empty(config, wiring, Ownership::Now)?;
+        let machine = Machine::assemble(config, wiring, None)?;
         let entry = boot::load(config, &machine.ram)?;
         if let Some(first) = machine.body().as_ref().and_then(|body| body.vcpus.first()) {
             boot::set_registers(&first.fd(), entry)?;
@@ -109,35 +109,45 @@ impl Machine {
         Ok(machine)
     }
 
-    fn empty(config: &MachineConfig, wiring: &Wiring, ownership: Ownership) -> Result<Machine> {
+    /// A machine for a guest that comes from elsewhere: memory and devices as described, nothing loaded, disks not ours
+    /// yet, networks not joined. `restore` fills it.
+    pub fn prepare(config: &MachineConfig, description: &Description, wiring: &Wiring) -> Result<Machine> {
+        Machine::assemble(config, wiring, Some(description))
+    }
+
+    fn assemble(config: &MachineConfig, wiring: &Wiring, wanted: Option<&Description>) -> Result<Machine> {
         config.validate()?;
         let config = &resources::settled(config)?;
         let kvm = kvm::open()?;
         let caps = Capabilities::probe(&kvm)?;
         if config.cpus > caps.max_vcpus {
             return Err(MachineError::Host(format!(
-                "{} CPUs were asked for, KVM allows {} here",
+                "{} CPUs were asked for, KVM allows {} here; change --cpus",
                 config.cpus, caps.max_vcpus
             )));
         }
-        let mut cpuid = cpuid::supported(&kvm)?;
-        cpuid::filter(&mut cpuid, &caps, config.cpus);
-        let host = Host { kvm, caps };
+        let description = match wanted {
+            Some(wanted) => check(wanted, config, &kvm)?,
+            None => describe(config, &kvm, &caps)?,
+        };
+        let ownership = if wanted.is_some() {
+            Ownership::Later
+        } else {
+            Ownership::Now
+        };
         let resources = Resources::open(config, ownership)?;
         let ram = memory::allocate(config)?;
-        let keeper = Arc::new(Keeper {
-            life: Lifecycle::default(),
-            parkers: Mutex::default(),
-        });
         let machine = Machine {
             config: config.clone(),
-            host,
-            cpuid,
+            description,
+            kvm,
+            caps,
             ram,
             resources,
             announcers: Announcers::default(),
-            keeper,
             wiring: wiring.clone(),
+            keeper: Arc::default(),
+            throttle: Throttle::default(),
             body: Mutex::new(None),
         };
         *machine.body() = Some(machine.build()?);
@@ -150,40 +160,20 @@ impl Machine {
 
     /// A new VM around the memory that is there.
     fn build(&self) -> Result<Body> {
-        let vm = Vm::create(&self.host.kvm, &self.host.caps, &self.ram)?;
-        let interrupts = Interrupts::new(vm.clone())?;
-        let events: Arc<dyn MachineEvents> = self.keeper.clone();
-        let devices = Devices::create(
-            &self.config,
-            &self.resources,
-            &vm,
-            &interrupts,
-            &events,
-            &self.wiring,
-        )?;
-        let around = Surroundings {
-            ports: devices.ports.clone(),
-            memory: devices.memory.clone(),
-            end: self.keeper.clone(),
+        let vm = Vm::create(&self.kvm, &self.caps, &self.ram)?;
+        let around = Around {
+            vm: &vm,
+            config: &self.config,
+            resources: &self.resources,
+            wiring: &self.wiring,
+            events: self.keeper.clone(),
         };
-        let mut vcpus = Vec::new();
-        for index in 0..self.config.cpus {
-            let fd = vm
-                .fd
-                .create_vcpu(u64::from(index))
-                .doing(format!("create CPU {index}"))?;
-            let cpuid = cpuid::for_vcpu(&self.cpuid, index)?;
-            fd.set_cpuid2(&cpuid)
-                .doing(format!("set the CPUID of CPU {index}"))?;
-            vcpus.push(Vcpu::spawn(index, fd, vm.clone(), around.clone())?);
-        }
-        let parkers = vcpus.iter().map(Vcpu::parker).collect();
+        let end: Arc<dyn EndSink> = self.keeper.clone();
+        let body = Body::build(&around, &self.description.cpuid, &end)?;
+        let parkers = body.vcpus.iter().map(Vcpu::parker).collect();
         *self.keeper.parkers.lock().unwrap_or_else(PoisonError::into_inner) = parkers;
-        Ok(Body { vcpus, devices, vm })
-    }
-
-    fn gone() -> MachineError {
-        MachineError::Host("the machine has been taken apart".into())
+        self.throttle.watch(&body.vcpus);
+        Ok(body)
     }
 
     pub fn start(&self) -> Result<()> {
@@ -196,27 +186,26 @@ impl Machine {
 
     fn go(&self, event: Event) -> Result<()> {
         let body = self.body();
-        let body = body.as_ref().ok_or_else(Self::gone)?;
-        // A machine that cannot join its network does not start, and stays as it was.
-        crate::lifecycle::next(&self.keeper.life.state(), event.clone())?;
+        let body = body.as_ref().ok_or_else(gone)?;
+        // A machine that cannot join its network does not run, and stays as it was.
+        let was_paused = self.state() == State::Paused;
+        next(&self.state(), event.clone())?;
         self.resources.join_network()?;
         self.keeper.life.apply(event)?;
-        body.devices.pci.resume();
-        body.vcpus.iter().for_each(Vcpu::run);
+        body.run(&self.caps, was_paused);
         Ok(())
     }
 
-    /// Returns after every vCPU has stopped, with the time that this took.
+    /// Returns after every vCPU and every device has stopped, with the time that the vCPUs took.
     pub fn pause(&self) -> Result<Duration> {
         let body = self.body();
-        let body = body.as_ref().ok_or_else(Self::gone)?;
-        let begun = Instant::now();
+        self.pause_body(body.as_ref().ok_or_else(gone)?)
+    }
+
+    fn pause_body(&self, body: &Body) -> Result<Duration> {
         // Says no when the machine does not run.
-        crate::lifecycle::next(&self.keeper.life.state(), Event::Pause)?;
-        body.vcpus.iter().for_each(Vcpu::ask_park);
-        body.vcpus.iter().try_for_each(Vcpu::wait_parked)?;
-        body.devices.pci.pause()?;
-        let taken = begun.elapsed();
+        next(&self.state(), Event::Pause)?;
+        let taken = body.pause()?;
         // The guest may have ended itself meanwhile.
         self.keeper.life.apply(Event::Pause)?;
         Ok(taken)
@@ -231,11 +220,112 @@ impl Machine {
             return Err(refused.into());
         }
         if let Some(body) = body.as_ref() {
-            body.vcpus.iter().for_each(Vcpu::ask_park);
-            body.vcpus.iter().try_for_each(Vcpu::wait_parked)?;
-            body.devices.pci.pause()?;
+            body.pause()?;
         }
         Ok(())
+    }
+
+    /// Presses the ACPI power button; whether the guest follows is its own decision.
+    pub fn power_button(&self) -> Result<()> {
+        let body = self.body();
+        body.as_ref().ok_or_else(gone)?.devices.power.press_power_button();
+        Ok(())
+    }
+
+    /// The state of vCPUs and devices of a paused machine, without memory and disks.
+    pub fn save(&self) -> Result<Vec<Record>> {
+        let body = self.body();
+        self.save_body(body.as_ref().ok_or_else(gone)?)
+    }
+
+    fn save_body(&self, body: &Body) -> Result<Vec<Record>> {
+        match self.state() {
+            State::Paused => body.save(&self.caps, &self.description.msrs),
+            other => Err(MachineError::Host(format!(
+                "only a paused machine can be saved, this one is {other}"
+            ))),
+        }
+    }
+
+    /// Puts saved state into a machine that was only created or prepared; it is paused afterwards. If this fails the
+    /// machine is of no use any more; where the state came from nothing has changed.
+    pub fn restore(&self, records: Vec<Record>) -> Result<()> {
+        let body = self.body();
+        let body = body.as_ref().ok_or_else(gone)?;
+        next(&self.state(), Event::Restore)?;
+        let restored = body.restore(&self.caps, records);
+        match &restored {
+            Ok(()) => self.keeper.life.apply(Event::Restore)?,
+            Err(error) => self.keeper.life.apply(Event::Fail(error.to_string()))?,
+        };
+        restored
+    }
+
+    /// Saves, rebuilds and restores in place, running or paused; returns how long the guest stood still. A migration
+    /// without a network: only memory, disks and consoles are the same afterwards.
+    pub fn pulse(&self) -> Result<Duration> {
+        let mut slot = self.body();
+        let begun = Instant::now();
+        let body = slot.as_ref().ok_or_else(gone)?;
+        if body.vm.is_logging() {
+            return Err(MachineError::Host(
+                "the machine is on a crossing; pulse it afterwards".into(),
+            ));
+        }
+        let was_running = self.state() == State::Running;
+        if was_running {
+            self.pause_body(body)?;
+        }
+        let records = match self.save_body(body) {
+            Ok(records) => records,
+            Err(error) => {
+                if was_running {
+                    self.keeper.life.apply(Event::Resume)?;
+                    body.run(&self.caps, true);
+                }
+                return Err(error);
+            }
+        };
+        // The old must be gone before the new comes: they share disks, TAPs and consoles.
+        *slot = None;
+        let rebuilt = self
+            .build()
+            .and_then(|body| body.restore(&self.caps, records).map(|()| body));
+        match rebuilt {
+            Ok(body) => {
+                if was_running {
+                    self.keeper.life.apply(Event::Resume)?;
+                    body.run(&self.caps, true);
+                }
+                *slot = Some(body);
+                Ok(begun.elapsed())
+            }
+            Err(error) => {
+                let message = format!("the machine could not be rebuilt in a pulse: {error}");
+                self.keeper.life.apply(Event::Fail(message))?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Keeps the vCPUs from running for so many per cent of the time (0 to 99), so that memory changes more slowly.
+    pub fn set_throttle(&self, percent: u8) {
+        self.throttle.set(percent);
+    }
+
+    /// KVM's dirty log of each region of memory, in the order of their addresses.
+    pub fn dirty_logs(&self) -> Result<Vec<Box<dyn DirtyLog>>> {
+        let body = self.body();
+        let vm = &body.as_ref().ok_or_else(gone)?.vm;
+        let manual = self.caps.manual_dirty_protect != 0;
+        let log = |region| {
+            Box::new(RegionLog {
+                vm: vm.clone(),
+                region,
+                manual,
+            }) as Box<dyn DirtyLog>
+        };
+        Ok(regions(&self.ram).into_iter().map(log).collect())
     }
 
     pub fn state(&self) -> State {
@@ -252,42 +342,8 @@ impl Machine {
         self.keeper.life.wait(wanted, limit)
     }
 
-    /// Presses the ACPI power button; whether the guest follows is its own decision.
-    pub fn power_button(&self) -> Result<()> {
-        let body = self.body();
-        body.as_ref()
-            .ok_or_else(Self::gone)?
-            .devices
-            .power
-            .press_power_button();
-        Ok(())
-    }
-
-    /// Saves, rebuilds and restores in place, running or paused; returns how long the guest stood still.
-    pub fn pulse(&self) -> Result<Duration> {
-        Err(MachineError::Host("machines do not pulse yet".into()))
-    }
-
     pub fn ram(&self) -> &Ram {
         &self.ram
-    }
-
-    pub fn disks(&self) -> &[Arc<Disk>] {
-        &self.resources.disks
-    }
-
-    /// The network devices, for their counters and links; none once the machine has been taken apart.
-    pub fn nets(&self) -> Vec<NetHandle> {
-        self.body()
-            .as_ref()
-            .map(|body| body.devices.pci.nets.clone())
-            .unwrap_or_default()
-    }
-
-    pub fn balloon(&self) -> Option<Arc<BalloonControl>> {
-        self.body()
-            .as_ref()
-            .and_then(|body| body.devices.pci.balloon.clone())
     }
 
     pub(crate) fn resources(&self) -> &Resources {
@@ -298,14 +354,83 @@ impl Machine {
         &self.announcers
     }
 
+    /// With everything chosen that the user left open.
     pub fn config(&self) -> &MachineConfig {
         &self.config
     }
 
+    /// What the guest relies on: `compatible` compares it with another host.
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.resources.disks
+    }
+
+    pub fn balloon(&self) -> Option<Arc<BalloonControl>> {
+        self.body()
+            .as_ref()
+            .and_then(|body| body.devices.pci.balloon.clone())
+    }
+
+    /// The network devices; new ones after a pulse.
+    pub fn nets(&self) -> Vec<NetHandle> {
+        self.body()
+            .as_ref()
+            .map(|body| body.devices.pci.nets.clone())
+            .unwrap_or_default()
+    }
+
     pub fn info(&self) -> Info {
+        let exits = self
+            .body()
+            .as_ref()
+            .map(|body| body.vcpus.iter().map(Vcpu::exits).collect());
         Info {
             state: self.state(),
             config: self.config.clone(),
+            exits: exits.unwrap_or_default(),
+            without: self.caps.without().into_iter().map(str::to_owned).collect(),
         }
     }
+}
+
+fn gone() -> MachineError {
+    MachineError::Host("the machine has been taken apart".into())
+}
+
+/// What a guest of this configuration will see on this host.
+fn describe(config: &MachineConfig, kvm: &Kvm, caps: &Capabilities) -> Result<Description> {
+    let mut leaves = cpuid::supported(kvm)?;
+    cpuid::filter(&mut leaves, caps, config.cpus);
+    template::apply(&config.cpu_template, &mut leaves)?;
+    // A CPU with this CPUID says which registers it has.
+    let vm = kvm.create_vm().doing("create a virtual machine to look at")?;
+    let vcpu = vm.create_vcpu(0).doing("create a CPU to look at")?;
+    vcpu.set_cpuid2(&cpuid::for_vcpu(&leaves, 0)?)
+        .doing("set the CPUID of a CPU to look at")?;
+    Ok(Description {
+        cpus: config.cpus,
+        memory_bytes: config.memory.0,
+        cpuid: leaves,
+        msrs: msrs::readable(&vcpu, &msrs::candidates(kvm)?)?,
+        tsc_khz: vcpu.get_tsc_khz().doing("read the TSC's frequency")?,
+        pit: caps.pit2,
+    })
+}
+
+/// A description from elsewhere, after looking whether this host and this configuration can be it.
+fn check(wanted: &Description, config: &MachineConfig, kvm: &Kvm) -> Result<Description> {
+    if !wanted.fits(config) {
+        return Err(MachineError::Saved(format!(
+            "the configuration ({} CPUs, {}) and the description ({} CPUs, {} bytes) are of different machines",
+            config.cpus, config.memory, wanted.cpus, wanted.memory_bytes
+        )));
+    }
+    compatible(wanted, &HostFeatures::probe(kvm)?).map_err(|missing| {
+        let reasons: Vec<String> = missing.iter().map(ToString::to_string).collect();
+        MachineError::Host(format!("this host cannot run the guest: {}", reasons.join("; ")))
+    })?;
+    Ok(wanted.clone())
 }

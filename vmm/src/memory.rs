@@ -187,7 +187,7 @@ fn populate_by_touch(ram: &Ram) -> Result<()> {
 }
 
 /// Bytes of memory in this host.
-fn host_memory() -> Option<u64> {
+pub(crate) fn host_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
     line.split_whitespace()

@@ -10,8 +10,6 @@ use ferry_devices::pci::access::{self, ConfigPorts, Ecam};
 use ferry_devices::pci::root::PciRoot;
 use ferry_devices::pci::virtio::VirtioPci;
 use ferry_devices::ram::Ram;
-use ferry_devices::request::MachineEvents;
-use ferry_devices::state::Stateful;
 use ferry_devices::virtio::balloon::{Balloon, BalloonControl};
 use ferry_devices::virtio::block::BlockDevice;
 use ferry_devices::virtio::console::Console;
@@ -24,8 +22,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{MachineConfig, NetConfig};
 use crate::console::Hub;
+use crate::devices::Around;
 use crate::error::{MachineError, Result};
-use crate::interrupts::{Interrupts, Messages};
+use crate::interrupts::Interrupts;
 use crate::kvm::vm::Vm;
 use crate::layout;
 use crate::memory;
@@ -37,7 +36,6 @@ pub(crate) struct Pci {
     pub(crate) ports: Arc<ConfigPorts>,
     pub(crate) nets: Vec<NetHandle>,
     pub(crate) balloon: Option<Arc<BalloonControl>>,
-    messages: Vec<Arc<Messages>>,
     memory_bus: Arc<Bus>,
 }
 
@@ -86,14 +84,17 @@ fn placed(outcome: Result<(), BusError>) -> Result<()> {
 
 impl Pci {
     pub(crate) fn create(
-        config: &MachineConfig,
-        resources: &Resources,
-        vm: &Arc<Vm>,
+        around: &Around,
         interrupts: &Arc<Interrupts>,
-        events: &Arc<dyn MachineEvents>,
         (ports, memory_bus): (&Arc<Bus>, &Arc<Bus>),
-        console: &Hub,
     ) -> Result<Pci> {
+        let Around {
+            vm,
+            config,
+            resources,
+            wiring,
+            events,
+        } = around;
         let ram = memory::ranges(config.memory.0)
             .iter()
             .map(|(start, bytes)| *start..*start + *bytes)
@@ -102,44 +103,26 @@ impl Pci {
         let config_ports = Arc::new(ConfigPorts::new(root.clone(), events.clone()));
         placed(ports.insert(access::PORTS, config_ports.clone()))?;
         placed(memory_bus.insert(layout::ECAM, Arc::new(Ecam::new(root.clone()))))?;
-        let binder: Arc<dyn NotifyBinder> = Arc::new(Notifications { vm: vm.clone() });
-        let mut messages = Vec::new();
         let Made {
             devices,
             nets,
             balloon,
-        } = make(config, resources, &vm.ram, console)?;
-        for (slot, device) in (1..).zip(devices) {
-            let msi = interrupts.messages(VirtioPci::vectors(device.queue_sizes().len()))?;
-            messages.push(msi.clone());
-            let function =
-                VirtioPci::new(slot, device, vm.ram.clone(), msi, binder.clone()).map_err(failed)?;
-            root.add(slot, Arc::new(function)).map_err(failed)?;
-        }
-        Ok(Pci {
+        } = make(config, resources, &vm.ram, &wiring.console)?;
+        let pci = Pci {
             root,
             ports: config_ports,
             nets,
             balloon,
-            messages,
             memory_bus: memory_bus.clone(),
-        })
-    }
-
-    /// Stops the devices' work, after the vCPUs have stopped. Interrupts that they sent are then in the guest's APICs.
-    pub(crate) fn pause(&self) -> Result<()> {
-        self.root.pause();
-        self.messages.iter().try_for_each(|messages| messages.flush())
-    }
-
-    /// Continues the devices' work, before the vCPUs run again.
-    pub(crate) fn resume(&self) {
-        self.root.resume();
-    }
-
-    /// What has state besides the functions on the bus.
-    pub(crate) fn stateful(&self) -> Arc<dyn Stateful> {
-        self.ports.clone()
+        };
+        let binder: Arc<dyn NotifyBinder> = Arc::new(Notifications { vm: (*vm).clone() });
+        for (slot, device) in (1..).zip(devices) {
+            let msi = interrupts.messages(VirtioPci::vectors(device.queue_sizes().len()))?;
+            let function =
+                VirtioPci::new(slot, device, vm.ram.clone(), msi, binder.clone()).map_err(failed)?;
+            pci.root.add(slot, Arc::new(function)).map_err(failed)?;
+        }
+        Ok(pci)
     }
 }
 

@@ -40,3 +40,36 @@ impl Reclaim for HostMemory {
             .map_err(|error| io::Error::other(error.to_string()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{MachineConfig, MemoryBacking};
+    use crate::memory;
+    use crate::size::ByteSize;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn memory_that_is_given_back_is_zero_and_counts_as_changed() {
+        for backing in [MemoryBacking::Anonymous, MemoryBacking::Memfd] {
+            let config = MachineConfig {
+                memory_backing: backing,
+                memory: ByteSize(16 << 20),
+                ..MachineConfig::default()
+            };
+            let ram = memory::allocate(&config).unwrap();
+            let host = HostMemory { ram: ram.clone() };
+            ram.write_slice(&[7; 3 * 4096], GuestAddress(0x10_0000)).unwrap();
+            ferry_devices::ram::take_dirty(&ram);
+            host.release(0x10_1000..0x10_2000).unwrap();
+            let read = |at| ram.read_obj::<u8>(GuestAddress(at)).unwrap();
+            assert_eq!(
+                [0x10_0fff, 0x10_1000, 0x10_1fff, 0x10_2000].map(read),
+                [7, 0, 0, 7]
+            );
+            let dirty = ferry_devices::ram::take_dirty(&ram).remove(0).1;
+            assert_eq!(dirty.iter().map(|word| word.count_ones()).sum::<u32>(), 1);
+            assert!(host.release(0xff_f000..0x100_1000).is_err());
+        }
+    }
+}

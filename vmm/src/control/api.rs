@@ -147,6 +147,8 @@ mod tests {
             machine: Info {
                 state: State::Paused,
                 config: MachineConfig::default(),
+                exits: vec![3],
+                without: Vec::new(),
             },
         };
         let text = serde_json::to_string(&info).unwrap();

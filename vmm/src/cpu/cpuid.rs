@@ -51,8 +51,9 @@ pub fn filter(leaves: &mut Vec<Leaf>, caps: &Capabilities, cpus: u32) {
                 if caps.tsc_deadline_timer {
                     leaf.ecx |= TSC_DEADLINE;
                 }
-                // No MONITOR/MWAIT (a guest in it would not leave for us), no debug store, no perf capabilities.
-                leaf.ecx &= !(1 << 2 | 1 << 3 | 1 << 4 | 1 << 15);
+                // No MONITOR/MWAIT (a guest in it would not leave for us), no debug store, no perf capabilities; no VMX,
+                // because nested state is not saved.
+                leaf.ecx &= !(1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 15);
                 leaf.edx &= !(1 << 21);
                 leaf.edx = if cpus > 1 { leaf.edx | HTT } else { leaf.edx & !HTT };
                 // Logical processors of the package; the size of a CLFLUSH line stays; the APIC id is each vCPU's own.
@@ -69,6 +70,8 @@ pub fn filter(leaves: &mut Vec<Leaf>, caps: &Capabilities, cpus: u32) {
                 leaf.ebx &= !(1 << 2 | 1 << 25);
                 leaf.ecx &= !(1 << 30);
             }
+            // No SVM, as no VMX.
+            (0x8000_0001, _) => leaf.ecx &= !(1 << 2),
             (0x8000_0008, _) => leaf.ecx = leaf.ecx & !0xf0ff | (cpus - 1).min(0xff),
             _ => {}
         }

@@ -31,7 +31,6 @@ pub struct Capabilities {
     pub clock_host_tsc: bool,
     pub clock_tsc_stable: bool,
     pub kvmclock_ctrl: bool,
-    pub debug_registers: bool,
     pub pre_fault_memory: bool,
 }
 
@@ -51,6 +50,8 @@ impl Capabilities {
             (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
             (Cap::MpState, "KVM_CAP_MP_STATE"),
             (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+            (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+            (Cap::Xcrs, "KVM_CAP_XCRS"),
         ];
         let missing: Vec<&str> = needed
             .iter()
@@ -80,7 +81,6 @@ impl Capabilities {
             clock_host_tsc: clock & KVM_CLOCK_HOST_TSC != 0,
             clock_tsc_stable: clock & KVM_CLOCK_TSC_STABLE != 0,
             kvmclock_ctrl: kvm.check_extension(Cap::KvmclockCtrl),
-            debug_registers: kvm.check_extension(Cap::Debugregs),
             pre_fault_memory: kvm.check_extension_raw(CAP_PRE_FAULT_MEMORY) > 0,
         })
     }
@@ -103,10 +103,6 @@ impl Capabilities {
             (
                 self.xsave2_bytes != 0,
                 "no XSAVE2: CPU features with more than 4 KiB of state are hidden",
-            ),
-            (
-                self.nested_state_bytes != 0,
-                "no nested state: the guest cannot run virtual machines of its own",
             ),
             (
                 self.tsc_control,

@@ -110,20 +110,23 @@ pub fn get_xsave(vcpu: &VcpuFd, bytes: u32) -> io::Result<Vec<u32>> {
     Ok(words)
 }
 
-/// Puts back what `get_xsave` gave. `words` must be exactly as long as this host's area.
+/// Puts back what `get_xsave` gave, here or on a host with a larger or smaller area: the layout is the same, and what is
+/// beyond this host's area must be unused.
 pub fn set_xsave(vcpu: &VcpuFd, bytes: u32, words: &[u32]) -> io::Result<()> {
     let base = size_of::<kvm_xsave>() / size_of::<u32>();
     let here = (bytes as usize).div_ceil(size_of::<u32>()).max(base);
-    if words.len() != here {
+    if words.len() < base || words.iter().skip(here).any(|word| *word != 0) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             format!(
-                "the XSAVE area has {} bytes, here it has {}",
+                "the guest uses {} bytes of XSAVE state, here are {}",
                 words.len() * 4,
                 here * 4
             ),
         ));
     }
+    let mut words = words.to_vec();
+    words.resize(here, 0);
     let mut area = Xsave::new(here - base).map_err(|e| io::Error::other(format!("{e:?}")))?;
     let (head, tail) = words.split_at(base);
     // SAFETY: only the contents of the region change, not the length that the wrapper keeps.

@@ -39,7 +39,7 @@ pub use exits::describe;
 /// A vCPU that has not stopped by then is stuck in a device.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// One run and one nap of a throttled vCPU.
-const THROTTLE_PERIOD: Duration = Duration::from_millis(10);
+pub(crate) const THROTTLE_PERIOD: Duration = Duration::from_millis(10);
 
 /// Where a vCPU's accesses go and whom it tells about the guest's end.
 #[derive(Clone)]
@@ -176,18 +176,24 @@ impl Vcpu {
         self.shared.exits.load(Ordering::Relaxed)
     }
 
+    /// For whoever slows the vCPU down.
+    pub(crate) fn napper(&self) -> Napper {
+        Napper(self.shared.clone())
+    }
+}
+
+/// Can slow a vCPU down, and nothing else.
+pub(crate) struct Napper(Arc<Shared>);
+
+impl Napper {
     /// Keeps the vCPU from running `percent` of the time (0 to 99).
-    pub fn set_throttle(&self, percent: u8) {
-        self.shared.throttle.store(percent.min(99), Ordering::Relaxed);
+    pub(crate) fn set_throttle(&self, percent: u8) {
+        self.0.throttle.store(percent.min(99), Ordering::Relaxed);
     }
 
-    /// Gets a throttled vCPU out of the guest so that it takes its nap.
-    pub(crate) fn kick_if_throttled(&self) -> bool {
-        let throttled = self.shared.throttle.load(Ordering::Relaxed) > 0;
-        if throttled {
-            self.shared.kick();
-        }
-        throttled
+    /// Gets the vCPU out of the guest so that it takes its nap.
+    pub(crate) fn kick(&self) {
+        self.0.kick();
     }
 }
 

@@ -50,6 +50,11 @@ impl Guest {
     pub(crate) fn create(config: &MachineConfig) -> Guest {
         let wiring = Wiring::default();
         let machine = Machine::create(config, &wiring).unwrap();
+        Guest::over(machine, &wiring)
+    }
+
+    /// A machine whose serial output nobody has read yet.
+    pub(crate) fn over(machine: Machine, wiring: &Wiring) -> Guest {
         let (sender, lines) = channel();
         let reader = wiring.serial.reader();
         std::thread::spawn(move || {
@@ -92,6 +97,15 @@ impl Guest {
                 Err(RecvTimeoutError::Disconnected) => self.give_up("the console was closed"),
             }
         }
+    }
+
+    /// Heartbeats seen so far, after the first.
+    pub(crate) fn beats(&self) -> u64 {
+        self.seen
+            .iter()
+            .filter(|line| line.contains(r#""t":"beat""#))
+            .count() as u64
+            - 1
     }
 
     /// Forgets the lines that are there already and says how many.

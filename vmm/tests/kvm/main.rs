@@ -7,3 +7,4 @@ mod disks;
 mod ends;
 mod harness;
 mod net;
+mod pulses;
