@@ -4,6 +4,7 @@ pub mod cli;
 pub mod commands;
 pub mod duration;
 pub mod failure;
+pub mod load;
 pub mod logging;
 pub mod output;
 pub mod ssh;
