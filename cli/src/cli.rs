@@ -8,7 +8,8 @@ use clap::{Args, Parser, Subcommand};
 use ferry_vmm::rundir::{Base, RunDirError};
 
 use crate::commands::{
-    completions, console, info, keys, kill, list, logs, man, pause, pulse, resume, run, stop,
+    completions, console, info, keys, kill, list, logs, man, migrate, pause, pulse, receive, report, resolve,
+    resume, run, stop,
 };
 use crate::logging;
 
@@ -75,6 +76,10 @@ pub enum Command {
     Kill(kill::KillArgs),
     Logs(logs::LogsArgs),
     Pulse(pulse::PulseArgs),
+    Migrate(Box<migrate::MigrateArgs>),
+    Receive(Box<receive::ReceiveArgs>),
+    Resolve(resolve::ResolveArgs),
+    Report(report::ReportArgs),
     Keys(keys::KeysArgs),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
@@ -83,13 +88,17 @@ pub enum Command {
 impl Cli {
     pub fn run(&self) -> Result<ExitCode> {
         let globals = &self.globals;
-        if !matches!(self.command, Command::Run(_)) {
+        if !matches!(self.command, Command::Run(_) | Command::Receive(_)) {
             logging::init(globals, None, true)?;
         }
         match &self.command {
             // Commands that decide their exit code themselves.
             Command::Run(args) => return run::run(args, globals),
+            Command::Migrate(args) => return migrate::run(args, globals),
+            Command::Receive(args) => return receive::run(args, globals),
             Command::List(args) => list::run(args, globals),
+            Command::Resolve(args) => resolve::run(args, globals),
+            Command::Report(args) => report::run(args, globals),
             Command::Info(args) => info::run(args, globals),
             Command::Console(args) => console::run(args, globals),
             Command::Pause(args) => pause::run(args, globals),

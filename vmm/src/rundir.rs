@@ -87,6 +87,27 @@ impl Base {
         &self.0
     }
 
+    /// Where that is kept which must survive a restart of the host: ledgers and reports. The standard places have
+    /// their counterparts on disk; a folder that was named holds it itself.
+    pub fn state_dir(&self) -> PathBuf {
+        if let Some(dir) = std::env::var_os("FERRY_STATE_DIR").filter(|dir| !dir.is_empty()) {
+            return dir.into();
+        }
+        if self.0 == Path::new("/run/ferry") {
+            return "/var/lib/ferry".into();
+        }
+        let standard = std::env::var_os("XDG_RUNTIME_DIR").map(|dir| PathBuf::from(dir).join("ferry"));
+        if standard.as_ref() == Some(&self.0)
+            && let Some(home) = std::env::var_os("HOME")
+        {
+            let state = std::env::var_os("XDG_STATE_HOME").filter(|dir| !dir.is_empty());
+            return state
+                .map_or_else(|| PathBuf::from(home).join(".local/state"), PathBuf::from)
+                .join("ferry");
+        }
+        self.0.join(".state")
+    }
+
     /// Every machine with a folder here, the dead ones too, by name.
     pub fn entries(&self) -> Result<Vec<Entry>, RunDirError> {
         let reading = || format!("read the runtime directory {}", self.0.display());
@@ -288,6 +309,11 @@ pub struct RunDir {
 }
 
 impl RunDir {
+    /// The directory that this folder is in.
+    pub fn base(&self) -> Base {
+        Base(self.path.parent().unwrap_or(&self.path).to_owned())
+    }
+
     pub fn name(&self) -> &Name {
         &self.name
     }

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferry_migration::handover::MachineId;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
@@ -13,6 +14,7 @@ use crate::bounded_log::BoundedLog;
 use crate::config::MachineConfig;
 use crate::console_ends::{Ends, VISITORS_HISTORY_BYTES};
 use crate::control::{self, Control};
+use crate::crossing::depart::{Crossings, random};
 use crate::error::{MachineError, Result};
 use crate::lifecycle::{State, StopReason};
 use crate::machine::{Machine, Wiring};
@@ -32,7 +34,7 @@ pub fn run(dir: RunDir, config: &MachineConfig, ready: impl FnOnce()) -> Result<
     config.validate()?;
     let outside = Outside::connect(&dir, config)?;
     let machine = Arc::new(Machine::create(config, outside.wiring())?);
-    let serving = Serving::open(dir, outside, machine.clone())?;
+    let serving = Serving::open(dir, outside, machine.clone(), MachineId(random()?))?;
     machine.start()?;
     drop(machine);
     ready();
@@ -95,8 +97,10 @@ pub struct Serving {
 }
 
 impl Serving {
-    pub fn open(dir: RunDir, outside: Outside, machine: Arc<Machine>) -> Result<Serving> {
-        let control = Control::new(dir.name().clone(), machine.clone());
+    /// `id` stays the machine's own over all its crossings.
+    pub fn open(dir: RunDir, outside: Outside, machine: Arc<Machine>, id: MachineId) -> Result<Serving> {
+        let crossings = Arc::new(Crossings::new(id, dir.base()));
+        let control = Control::new(dir.name().clone(), machine.clone(), crossings);
         let _context = outside.runtime.enter();
         let listener = control::listen(&dir.control_socket()).map_err(host("make the control socket"))?;
         let answering = tokio::spawn(control.clone().serve(listener, ended(machine.clone())));

@@ -59,6 +59,11 @@ pub(super) fn leave_session() -> Result<()> {
 /// Tells the parent, then lets go of its terminal.
 pub(super) fn announce() {
     let _ = writeln!(io::stdout(), "{READY}").and_then(|()| io::stdout().flush());
+    let_go();
+}
+
+/// Nothing of this process leads to the terminal or pipe that it came from.
+pub(super) fn let_go() {
     if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(&null);
         let _ = rustix::stdio::dup2_stdout(&null);

@@ -2,7 +2,7 @@
 
 use std::io::{self, Read as _};
 use std::net::TcpListener;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -58,6 +58,21 @@ impl Listener {
             stall,
             made,
         })
+    }
+
+    /// Over a socket that listens already; who made its file, if it has one, removes it.
+    pub fn from_socket(socket: OwnedFd, unix: bool, tls: Option<Tls>, stall: Duration) -> Listener {
+        let ear = if unix {
+            Ear::Unix(socket.into())
+        } else {
+            Ear::Tcp(socket.into())
+        };
+        Listener {
+            ear,
+            tls,
+            stall,
+            made: None,
+        }
     }
 
     /// Where it listens; with port 0, this tells which port it became.

@@ -12,6 +12,8 @@ pub const MACHINE: &str = "/v1/machine";
 pub const MACHINE_STATE: &str = "/v1/machine/state";
 pub const PULSE: &str = "/v1/pulse";
 pub const EVENTS: &str = "/v1/events";
+pub const CROSSING: &str = "/v1/crossing";
+pub const RESOLVE: &str = "/v1/resolve";
 
 /// A request has at most this much body.
 pub const BODY_LIMIT_BYTES: usize = 64 << 10;
@@ -95,6 +97,21 @@ impl Event {
             .as_secs_f64();
         Event { at, what }
     }
+}
+
+/// The body of `POST /v1/resolve`: the user's word on where a machine in doubt is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResolveRequest {
+    /// It runs on here; otherwise it is gone from here.
+    pub here: bool,
+}
+
+/// The answer to `DELETE /v1/crossing`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cancelled {
+    /// Whether there was a crossing to cancel.
+    pub cancelled: bool,
 }
 
 /// The body of every refusal: one sentence.

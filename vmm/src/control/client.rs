@@ -15,7 +15,11 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
-use super::api::{self, ErrorBody, Event, MachineInfo, PulseReport, PulseRequest, Want, WantState};
+use super::api::{
+    self, Cancelled, ErrorBody, Event, MachineInfo, PulseReport, PulseRequest, ResolveRequest, Want,
+    WantState,
+};
+use crate::crossing::request::{CrossingLine, CrossingRequest};
 use crate::rundir::Entry;
 
 /// An answer is never longer; a socket that says more is not ours.
@@ -86,6 +90,34 @@ impl Client {
                 // A newer monitor may tell things that this client does not know.
                 Err(_) => ControlFlow::Continue(()),
             },
+        )
+    }
+
+    /// Moves the machine and gives every line of the answer to `each`.
+    pub fn cross(
+        &self,
+        request: &CrossingRequest,
+        mut each: impl FnMut(CrossingLine),
+    ) -> Result<(), ClientError> {
+        self.lines(Method::POST, api::CROSSING, request, |line| {
+            // A newer monitor may tell things that this client does not know.
+            if let Ok(line) = serde_json::from_slice(line) {
+                each(line);
+            }
+            ControlFlow::Continue(())
+        })
+    }
+
+    pub fn cancel_crossing(&self) -> Result<Cancelled, ClientError> {
+        self.call(Method::DELETE, api::CROSSING, &(), Some(PATIENCE))
+    }
+
+    pub fn resolve(&self, here: bool) -> Result<MachineInfo, ClientError> {
+        self.call(
+            Method::POST,
+            api::RESOLVE,
+            &ResolveRequest { here },
+            Some(PATIENCE),
         )
     }
 

@@ -12,10 +12,12 @@ use serde::de::DeserializeOwned;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::api::{
-    ErrorBody, Event, MAX_PULSES, MachineInfo, PulseReport, PulseRequest, Want, WantState, What,
+    Cancelled, ErrorBody, Event, MAX_PULSES, MachineInfo, PulseReport, PulseRequest, ResolveRequest, Want,
+    WantState, What,
 };
 use super::lines;
 use super::server::Control;
+use crate::crossing::request::CrossingRequest;
 use crate::error::MachineError;
 use crate::lifecycle::{State, StopReason};
 
@@ -87,7 +89,10 @@ pub(super) async fn put_state(Shared(control): Shared<Arc<Control>>, body: Bytes
             (Want::Paused, _) => {
                 machine.pause()?;
             }
-            (Want::Running, _) => machine.resume()?,
+            (Want::Running, _) => {
+                control.crossings.may_run()?;
+                machine.resume()?;
+            }
             (Want::Stopped, State::Paused) => {
                 let sentence =
                     "the machine is paused and cannot hear its power button; resume it first, or kill it";
@@ -123,6 +128,7 @@ pub(super) async fn post_pulse(Shared(control): Shared<Arc<Control>>, body: Byte
     let abandoned = Abandoned(Arc::default());
     let is_abandoned = abandoned.0.clone();
     let report = blocking(move || {
+        control.crossings.may_run()?;
         let mut stood_still = Vec::new();
         while stood_still.len() < count as usize && !is_abandoned.load(Ordering::Relaxed) {
             stood_still.push(control.machine.pulse()?);
@@ -167,4 +173,57 @@ pub(super) async fn get_events(Shared(control): Shared<Arc<Control>>) -> Respons
         }
     });
     response
+}
+
+/// Moves the machine; everything that happens comes as lines, the report last. A client that goes away cancels.
+pub(super) async fn post_crossing(
+    Shared(control): Shared<Arc<Control>>,
+    body: Bytes,
+) -> Result<Response, ApiError> {
+    let request: CrossingRequest = parse(&body)?;
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let handle = blocking({
+        let control = control.clone();
+        move || {
+            let tell = move |line| drop(tell.send(line));
+            Ok(control
+                .crossings
+                .begin(&control.machine, &control.name, request, tell)?)
+        }
+    })
+    .await?;
+    let (sender, response) = lines::response();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                line = told.recv() => match line {
+                    Some(line) => if !sender.send(&line).await { handle.cancel() },
+                    None => return,
+                },
+                () = sender.closed() => {
+                    handle.cancel();
+                    return;
+                }
+            }
+        }
+    });
+    Ok(response)
+}
+
+pub(super) async fn delete_crossing(Shared(control): Shared<Arc<Control>>) -> Json<Cancelled> {
+    Json(Cancelled {
+        cancelled: control.crossings.cancel(),
+    })
+}
+
+pub(super) async fn post_resolve(Shared(control): Shared<Arc<Control>>, body: Bytes) -> Answer<MachineInfo> {
+    let ResolveRequest { here } = parse(&body)?;
+    blocking(move || {
+        if !control.crossings.resolve(&control.machine, here)? {
+            let sentence = "there is nothing to settle: it is known where the machine is";
+            return Err(ApiError(StatusCode::CONFLICT, sentence.to_owned()));
+        }
+        Ok(Json(info(&control)))
+    })
+    .await
 }

@@ -20,6 +20,7 @@ use tokio::sync::broadcast;
 
 use super::api::{self, Event, What};
 use super::handlers::{self, ApiError};
+use crate::crossing::depart::Crossings;
 use crate::machine::Machine;
 use crate::name::Name;
 
@@ -30,15 +31,17 @@ const WAITING_EVENTS: usize = 256;
 pub struct Control {
     pub name: Name,
     pub machine: Arc<Machine>,
+    pub crossings: Arc<Crossings>,
     pub since: Instant,
     pub events: broadcast::Sender<Event>,
 }
 
 impl Control {
-    pub fn new(name: Name, machine: Arc<Machine>) -> Arc<Control> {
+    pub fn new(name: Name, machine: Arc<Machine>, crossings: Arc<Crossings>) -> Arc<Control> {
         Arc::new(Control {
             name,
             machine,
+            crossings,
             since: Instant::now(),
             events: broadcast::Sender::new(WAITING_EVENTS),
         })
@@ -115,6 +118,11 @@ fn router(control: Arc<Control>) -> Router {
         .route(api::MACHINE_STATE, put(handlers::put_state))
         .route(api::PULSE, post(handlers::post_pulse))
         .route(api::EVENTS, get(handlers::get_events))
+        .route(api::RESOLVE, post(handlers::post_resolve))
+        .route(
+            api::CROSSING,
+            post(handlers::post_crossing).delete(handlers::delete_crossing),
+        )
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(api::BODY_LIMIT_BYTES))

@@ -1,0 +1,373 @@
+//! `ferry migrate`: moves a running machine to another host, and shows it.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow};
+use ferry_migration::cost::{Cost, parse_duration, parse_rate, parse_sla};
+use ferry_migration::failure::Whereabouts;
+use ferry_migration::pages::encode::Compression;
+use ferry_migration::policy::{DeadlineAction, Limits, Policy};
+use ferry_migration::report::{Event, Report};
+use ferry_vmm::control::client::Client;
+use ferry_vmm::crossing::request::{CrossingLine, CrossingRequest};
+use ferry_vmm::name::Name;
+
+use crate::cli::Globals;
+use crate::failure::Usage;
+use crate::say;
+use crate::ssh::{SshDestination, Tunnel};
+
+/// Move a running machine to another host: memory, devices and disks
+///
+/// DESTINATION is where `ferry receive` listens there, tcp://HOST:PORT or unix:PATH; or ssh://[USER@]HOST[:PORT], which
+/// starts the receiver there and needs nothing set up. The machine runs on while it is copied, stands still for the last
+/// rest, and then runs there. Until that moment everything that goes wrong leaves it running here. Ctrl-C cancels.
+///
+/// The last line says where the machine is.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    ferry migrate web ssh://beta.lan\n  \
+    ferry migrate web tcp://beta.lan:7070 --tls keys/alpha.lan --downtime 100ms\n  \
+    ferry migrate web tcp://10.0.0.2:7070 --policy calm-live --sla rate=20/s,size=1MB,deadline=1s --link 1Gbit\n  \
+    ferry migrate --cancel web")]
+pub struct MigrateArgs {
+    /// The machine
+    pub name: Name,
+    /// tcp://HOST:PORT, unix:PATH or ssh://[USER@]HOST[:PORT]
+    #[arg(required_unless_present = "cancel")]
+    pub destination: Option<String>,
+    /// Cancel the crossing that goes on; the machine stays
+    #[arg(long, conflicts_with = "destination")]
+    pub cancel: bool,
+    /// How bandwidth and the moment to stop are chosen: calm-live, calm-adaptive, calm-fixed, qemu, cloud-hypervisor, virtualbox, xen-basic, xen-code, max, fixed:RATE [default: max, or calm-live with --sla]
+    #[arg(long, value_name = "P")]
+    pub policy: Option<Policy>,
+    /// What the machine's service promises its clients: rate=20/s,size=1MB,deadline=1s; or table=FILE
+    #[arg(long, value_name = "SLA", value_parser = sla)]
+    pub sla: Option<Cost>,
+    /// What the link carries, if it is known: 1Gbit, 100Mbit [default: measured]
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub link: Option<u64>,
+    /// Never copy faster than this while the machine runs
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub bandwidth: Option<u64>,
+    /// How long the machine may stand still
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = time)]
+    pub downtime: Duration,
+    /// How long the crossing may take
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub deadline: Option<Duration>,
+    /// What happens at the deadline: cancel, pause (stop the machine and copy the rest) or continue
+    #[arg(long, value_name = "ACTION", default_value = "cancel", value_parser = action, requires = "deadline")]
+    pub on_deadline: DeadlineAction,
+    /// How much the policy may slow the machine's CPUs to get across, in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..100))]
+    pub throttle: u8,
+    /// Connections that carry data
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub lanes: u16,
+    /// auto (where it makes the crossing faster), off or always
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = compression)]
+    pub compress: Compression,
+    /// Compare all memory and disks on both sides before the machine runs there
+    #[arg(long)]
+    pub verify: bool,
+    /// Both hosts see the same disk images: only memory and state cross
+    #[arg(long)]
+    pub shared_storage: bool,
+    /// TLS with this host's keys, a folder that `ferry keys` made
+    #[arg(long, value_name = "DIR")]
+    pub tls: Option<PathBuf>,
+    /// How long the other side may make no progress before the link counts as broken
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time)]
+    pub stall: Duration,
+    /// How long to try to get a broken link back
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
+    pub reconnect: Duration,
+    /// The command that starts ferry on the other host, for ssh://
+    #[arg(long, value_name = "COMMAND", default_value = "ferry")]
+    pub remote_ferry: String,
+    /// The ssh program, for ssh://
+    #[arg(long, value_name = "PROGRAM", default_value = "ssh", hide = true)]
+    pub ssh: String,
+    /// Write the report here, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Everything that happens as JSON lines, the report last
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    parse_rate(text).map_err(|error| error.to_string())
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    parse_duration(text).map_err(|error| error.to_string())
+}
+
+fn sla(text: &str) -> Result<Cost, String> {
+    parse_sla(text).map_err(|error| error.to_string())
+}
+
+fn action(text: &str) -> Result<DeadlineAction, String> {
+    match text {
+        "cancel" => Ok(DeadlineAction::Cancel),
+        "pause" => Ok(DeadlineAction::PauseAndFinish),
+        "continue" => Ok(DeadlineAction::GoOn),
+        _ => Err(format!("{text:?} is none of cancel, pause, continue")),
+    }
+}
+
+fn compression(text: &str) -> Result<Compression, String> {
+    match text {
+        "auto" => Ok(Compression::Auto),
+        "off" => Ok(Compression::Off),
+        "always" => Ok(Compression::Always),
+        _ => Err(format!("{text:?} is none of auto, off, always")),
+    }
+}
+
+impl MigrateArgs {
+    fn limits(&self) -> Limits {
+        let policy = self.policy.unwrap_or(if self.sla.is_some() {
+            Policy::CalmLive
+        } else {
+            Policy::Max
+        });
+        Limits {
+            policy,
+            link_bytes_per_sec: self.link,
+            most_bandwidth_bytes_per_sec: self.bandwidth,
+            downtime: self.downtime,
+            deadline: self.deadline,
+            on_deadline: self.on_deadline,
+            cost: self.sla.clone().unwrap_or_else(Cost::unknown),
+            most_throttle_percent: self.throttle,
+            ..Limits::default()
+        }
+    }
+}
+
+pub fn run(args: &MigrateArgs, globals: &Globals) -> Result<ExitCode> {
+    let client = Client::of(&globals.base()?.alive(&args.name)?)?;
+    let Some(destination) = args.destination.as_deref().filter(|_| !args.cancel) else {
+        return if client.cancel_crossing()?.cancelled {
+            say!(
+                "the crossing of {} is being cancelled; the machine stays here",
+                args.name
+            )?;
+            Ok(ExitCode::SUCCESS)
+        } else {
+            Err(anyhow!(
+                "{} is not crossing; there is nothing to cancel",
+                args.name
+            ))
+        };
+    };
+    let tunnel = if destination.starts_with("ssh://") {
+        let to: SshDestination = destination
+            .parse()
+            .map_err(|error: anyhow::Error| Usage(error.to_string()))?;
+        Some(Tunnel::open(
+            &args.ssh,
+            &to,
+            &format!("{} receive --stdio", args.remote_ferry),
+        )?)
+    } else {
+        None
+    };
+    let request = CrossingRequest {
+        destination: match &tunnel {
+            Some(tunnel) => format!("pipe:{}", tunnel.socket().display()),
+            None => destination.to_owned(),
+        },
+        tls: args
+            .tls
+            .as_deref()
+            .map(std::path::absolute)
+            .transpose()
+            .context("could not find the keys")?,
+        limits: args.limits(),
+        lanes: args.lanes,
+        compression: args.compress,
+        verify: args.verify,
+        shared_storage: args.shared_storage,
+        stall: args.stall,
+        reconnect_for: args.reconnect,
+    };
+    let mut report = None;
+    let mut screen = Screen::new(args.json);
+    client.cross(&request, |line| {
+        screen.show(&line);
+        if let CrossingLine::Report(found) = line {
+            report = Some(*found);
+        }
+    })?;
+    screen.clear();
+    drop(tunnel);
+    let report = report.ok_or_else(|| {
+        anyhow!(
+            "the process of {} ended before it said how the crossing went; `ferry list` here and there shows where the machine is",
+            args.name
+        )
+    })?;
+    if let Some(path) = &args.report {
+        let text = serde_json::to_vec_pretty(&report)?;
+        std::fs::write(path, text)
+            .with_context(|| format!("could not write the report to {}", path.display()))?;
+    }
+    finish(&report, destination, args)
+}
+
+fn finish(report: &Report, destination: &str, args: &MigrateArgs) -> Result<ExitCode> {
+    let name = &args.name;
+    match (&report.outcome.failure, report.outcome.whereabouts) {
+        (None, Whereabouts::There) => {
+            if !args.json {
+                say!(
+                    "{name} is at {destination} now: {} in {}, {} on the wire, it stood still for {}",
+                    what(report),
+                    seconds(report.total),
+                    bytes(report.wire_bytes),
+                    milliseconds(report.downtime.total)
+                )?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        _ if args.json => Ok(ExitCode::FAILURE),
+        (Some(failure), _) => Err(anyhow!("{failure}")),
+        (None, _) => Err(anyhow!("{}", report.outcome.sentence())),
+    }
+}
+
+fn what(report: &Report) -> String {
+    let rounds = report.rounds.len();
+    format!("{rounds} round{}", if rounds == 1 { "" } else { "s" })
+}
+
+pub(super) fn bytes(count: u64) -> String {
+    let mib = count as f64 / f64::from(1 << 20);
+    if mib >= 10240.0 {
+        format!("{:.1} GiB", mib / 1024.0)
+    } else {
+        format!("{mib:.1} MiB")
+    }
+}
+
+pub(super) fn seconds(time: Duration) -> String {
+    format!("{:.2} s", time.as_secs_f64())
+}
+
+pub(super) fn milliseconds(time: Duration) -> String {
+    format!("{:.1} ms", time.as_secs_f64() * 1e3)
+}
+
+/// Progress: one line that changes on a terminal, lines otherwise, or JSON.
+struct Screen {
+    json: bool,
+    terminal: bool,
+    drawn: bool,
+    last: (Duration, u64),
+    rate: f64,
+}
+
+impl Screen {
+    fn new(json: bool) -> Screen {
+        let terminal = std::io::stderr().is_terminal() && !json;
+        Screen {
+            json,
+            terminal,
+            drawn: false,
+            last: (Duration::ZERO, 0),
+            rate: 0.0,
+        }
+    }
+
+    fn clear(&mut self) {
+        if std::mem::take(&mut self.drawn) {
+            eprint!("\r\x1b[K");
+        }
+    }
+
+    fn draw(&mut self, text: &str) {
+        if self.terminal {
+            eprint!("\r\x1b[K{text}");
+            let _ = std::io::stderr().flush();
+            self.drawn = true;
+        }
+    }
+
+    fn print(&mut self, text: &str) {
+        self.clear();
+        eprintln!("{text}");
+    }
+
+    fn show(&mut self, line: &CrossingLine) {
+        if self.json {
+            if let Ok(text) = serde_json::to_string(line) {
+                // A reader that has gone away does not stop the crossing.
+                let _ = writeln!(std::io::stdout(), "{text}");
+            }
+            return;
+        }
+        let CrossingLine::Event(event) = line else { return };
+        match event {
+            Event::Progress {
+                round,
+                at,
+                sent_bytes,
+                remaining_bytes,
+                ..
+            } => {
+                let (then, sent) = std::mem::replace(&mut self.last, (*at, *sent_bytes));
+                let elapsed = at.saturating_sub(then).as_secs_f64();
+                if elapsed > 0.0 {
+                    let now = sent_bytes.saturating_sub(sent) as f64 / elapsed;
+                    self.rate = if self.rate > 0.0 {
+                        0.7 * self.rate + 0.3 * now
+                    } else {
+                        now
+                    };
+                }
+                let left = if self.rate > 0.0 {
+                    *remaining_bytes as f64 / self.rate
+                } else {
+                    0.0
+                };
+                self.draw(&format!(
+                    "round {round}: {} sent, {} remain, {}/s, {left:.1} s to the end of the round",
+                    bytes(*sent_bytes),
+                    bytes(*remaining_bytes),
+                    bytes(self.rate as u64)
+                ));
+            }
+            Event::RoundDone(round) => {
+                let text = format!(
+                    "round {}: {} in {}, {}/s; {} pages and {} clusters changed meanwhile; {}",
+                    round.round,
+                    bytes(round.wire_bytes),
+                    seconds(round.took),
+                    bytes(round.rate_bytes_per_sec),
+                    round.dirty_pages,
+                    round.dirty_clusters,
+                    round.reason
+                );
+                self.print(&text);
+            }
+            Event::Reconnecting { why, attempt, .. } => {
+                self.print(&format!(
+                    "the link broke ({why}); connecting again (attempt {attempt})"
+                ));
+            }
+            Event::Reconnected { .. } => self.print("the link is back; the crossing goes on"),
+            Event::Throttle { percent, .. } => {
+                self.print(&format!("the machine's CPUs are slowed by {percent} %"))
+            }
+            _ => {}
+        }
+    }
+}

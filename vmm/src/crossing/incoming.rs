@@ -1,0 +1,317 @@
+//! The machine as the engine sees it at the side that it comes to.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ferry_devices::disk::Disk;
+use ferry_migration::block::{BlockKind, Sink};
+use ferry_migration::failure::{Cause, Reason};
+use ferry_migration::handover::{MachineId, RunPermit};
+use ferry_migration::machine::{IncomingMachine, Offer};
+
+use super::card::Description;
+use super::limits::{self, Allowed, Room};
+use super::{DiskSink, Library, MemorySink, Region};
+use crate::config::{DiskFormat, MachineConfig, SerialTarget};
+use crate::cpu::description::{HostFeatures, compatible};
+use crate::kvm;
+use crate::lifecycle::StopReason;
+use crate::machine::Machine;
+use crate::name::Name;
+use crate::rundir::{Base, RunDir};
+use crate::serve::{Outside, Serving};
+
+/// How a receiver wants the machines that come.
+#[derive(Debug, Clone)]
+pub struct Reception {
+    /// Where the runtime folders are made.
+    pub base: Base,
+    /// Where disk images are made.
+    pub dir: PathBuf,
+    pub format: Option<DiskFormat>,
+    /// An image that the other side's disks may have been made from.
+    pub base_image: Option<PathBuf>,
+    pub serial: SerialTarget,
+    /// Connects network devices to this bridge instead of the one that the machine names.
+    pub bridge: Option<String>,
+    /// Another name for the machine here.
+    pub name: Option<Name>,
+    pub allowed: Allowed,
+}
+
+/// A machine that is coming.
+pub struct Arriving {
+    reception: Reception,
+    built: Option<Built>,
+    arrived: Option<Arrived>,
+}
+
+struct Built {
+    dir: RunDir,
+    outside: Outside,
+    machine: Arc<Machine>,
+    id: MachineId,
+    running: bool,
+    /// Images that were made for this machine; they go if it does not stay.
+    images: Vec<PathBuf>,
+}
+
+/// A machine that is here, with the right to run it.
+pub struct Arrived {
+    pub serving: Serving,
+    pub id: MachineId,
+    _permit: RunPermit,
+}
+
+fn failed(error: impl std::fmt::Display) -> Reason {
+    Reason::new(Cause::Machine, error.to_string())
+}
+
+impl Arriving {
+    pub fn new(reception: Reception) -> Arriving {
+        Arriving {
+            reception,
+            built: None,
+            arrived: None,
+        }
+    }
+
+    /// The machine, once it has been taken.
+    pub fn arrived(&mut self) -> Option<Arrived> {
+        self.arrived.take()
+    }
+
+    /// The configuration it gets here: no kernel to load, and places of this host instead of the other's.
+    fn config_here(&self, description: &Description) -> MachineConfig {
+        let mut config = description.config.clone();
+        (config.kernel, config.initrd) = (None, None);
+        config.serial = self.reception.serial.clone();
+        if config.console.is_some() {
+            config.console = Some(SerialTarget::Null);
+        }
+        for net in &mut config.nets {
+            if let Some(bridge) = &self.reception.bridge {
+                net.bridge = Some(bridge.clone());
+            }
+            if net.bridge.is_some() {
+                net.tap = None;
+            }
+        }
+        if !description.shared_storage {
+            for disk in &mut config.disks {
+                disk.path = image_path(&self.reception.dir, &disk.path);
+                if let Some(format) = self.reception.format {
+                    disk.format = format;
+                }
+            }
+        }
+        config
+    }
+
+    fn name(&self, offer: &Offer) -> Result<Name, Reason> {
+        match &self.reception.name {
+            Some(name) => Ok(name.clone()),
+            None => offer
+                .card
+                .name
+                .parse()
+                .map_err(|error| Reason::new(Cause::Protocol, format!("{error}"))),
+        }
+    }
+}
+
+/// An image keeps its file's name and nothing else of the path that a peer sent.
+fn image_path(dir: &Path, theirs: &Path) -> PathBuf {
+    dir.join(theirs.file_name().unwrap_or_else(|| std::ffi::OsStr::new("disk")))
+}
+
+impl IncomingMachine for Arriving {
+    fn admit(&mut self, offer: &Offer) -> Result<(), Reason> {
+        let description = Description::of(offer)?;
+        let name = self.name(offer)?;
+        if self
+            .reception
+            .base
+            .entry(&name)
+            .is_ok_and(|entry| entry.is_some_and(|entry| entry.pid.is_some()))
+        {
+            return Err(Reason::new(
+                Cause::Busy,
+                format!("a machine named {name} runs there already"),
+            ));
+        }
+        limits::check(
+            offer,
+            &description.config,
+            &self.reception.allowed,
+            Room::of_host(&self.reception.dir),
+        )?;
+        let host = kvm::open()
+            .and_then(|kvm| HostFeatures::probe(&kvm))
+            .map_err(failed)?;
+        compatible(&description.guest, &host).map_err(|missing| {
+            let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
+            Reason::new(
+                Cause::Incompatible,
+                format!("the machine cannot run there: {}", missing.join("; ")),
+            )
+        })
+    }
+
+    fn prepare(&mut self, offer: &Offer) -> Result<Vec<Arc<dyn Sink>>, Reason> {
+        let description = Description::of(offer)?;
+        let config = self.config_here(&description);
+        let dir = self
+            .reception
+            .base
+            .claim(&self.name(offer)?)
+            .map_err(|error| Reason::new(Cause::Busy, error.to_string()))?;
+        let library = match &self.reception.base_image {
+            Some(path) => Some(Arc::new(
+                Library::of(path).map_err(|error| Reason::new(Cause::Data, error))?,
+            )),
+            None => None,
+        };
+        let mut images = Images(Vec::new());
+        if !description.shared_storage {
+            let sizes = offer
+                .blocks
+                .iter()
+                .filter(|block| block.kind == BlockKind::Disk)
+                .map(|block| block.bytes);
+            for (disk, bytes) in config.disks.iter().zip(sizes) {
+                Disk::create(&disk.path, disk.format.into(), bytes)
+                    .map_err(|error| Reason::new(Cause::NoSpace, error.to_string()))?;
+                images.0.push(disk.path.clone());
+            }
+        }
+        let outside = Outside::connect(&dir, &config).map_err(failed)?;
+        let machine = Machine::prepare(&config, &description.guest, outside.wiring()).map_err(failed)?;
+        let machine = Arc::new(machine);
+        let regions = Region::all(machine.ram());
+        let mut sinks: Vec<Arc<dyn Sink>> = Vec::new();
+        for (region, block) in regions.into_iter().zip(&offer.blocks) {
+            sinks.push(Arc::new(MemorySink::new(block.id, region)));
+        }
+        let disks = offer.blocks.iter().filter(|block| block.kind == BlockKind::Disk);
+        for (disk, block) in machine.disks().iter().cloned().zip(disks) {
+            sinks.push(Arc::new(DiskSink::new(
+                block.id,
+                block.name.clone(),
+                disk,
+                library.clone(),
+            )));
+        }
+        self.built = Some(Built {
+            dir,
+            outside,
+            machine,
+            id: offer.card.machine,
+            running: offer.card.running,
+            images: images.keep(),
+        });
+        Ok(sinks)
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), Reason> {
+        let built = self
+            .built
+            .as_ref()
+            .ok_or_else(|| failed("there is no machine to restore into"))?;
+        let records = ferry_devices::records::decode(state).map_err(failed)?;
+        for disk in built.machine.disks() {
+            disk.take_lock()
+                .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
+        }
+        built.machine.restore(records).map_err(failed)
+    }
+
+    fn flush(&mut self) -> Result<(), Reason> {
+        let built = self
+            .built
+            .as_ref()
+            .ok_or_else(|| failed("there is no machine to make durable"))?;
+        for disk in built.machine.disks() {
+            disk.flush().map_err(|error| {
+                Reason::new(
+                    Cause::Data,
+                    format!(
+                        "the disk image {} could not be flushed: {error}",
+                        disk.path().display()
+                    ),
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self, permit: RunPermit) -> Result<(), Reason> {
+        let Some(Built {
+            dir,
+            outside,
+            machine,
+            id,
+            running,
+            images,
+        }) = self.built.take()
+        else {
+            return Err(failed("there is no machine to run"));
+        };
+        // An error from here says "it does not run here and never will", and the other side then runs it. So everything
+        // that can fail comes before the guest's first instruction, and nothing that can fail after it.
+        let images = Images(images);
+        let serving = Serving::open(dir, outside, machine.clone(), id).map_err(failed)?;
+        if running && let Err(error) = machine.resume() {
+            let _ = machine.stop(StopReason::Requested);
+            serving.wait();
+            return Err(failed(error));
+        }
+        machine.announce();
+        images.keep();
+        self.arrived = Some(Arrived {
+            serving,
+            id,
+            _permit: permit,
+        });
+        Ok(())
+    }
+
+    fn abort(&mut self) {
+        if let Some(Built {
+            dir,
+            outside,
+            machine,
+            id: _,
+            running: _,
+            images,
+        }) = self.built.take()
+        {
+            drop(machine);
+            drop(outside);
+            drop(Images(images));
+            drop(dir);
+        }
+    }
+}
+
+/// Images that go away again unless they are kept.
+struct Images(Vec<PathBuf>);
+
+impl Images {
+    fn keep(mut self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.0)
+    }
+}
+
+impl Drop for Images {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            if let Err(error) = std::fs::remove_file(path) {
+                tracing::warn!(
+                    "the image {} of a machine that did not come is left behind: {error}",
+                    path.display()
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! What must survive a crash of a crossing: who may run which machine, and the reports of what happened.
+
+use std::path::{Path, PathBuf};
+
+use ferry_migration::handover::LedgerId;
+use ferry_migration::ledger::FileLedger;
+use ferry_migration::report::Report;
+
+use super::depart::random;
+use crate::error::{MachineError, Result};
+use crate::name::Name;
+use crate::rundir::Base;
+
+/// The ledger of this host (of this runtime directory, where one was named).
+pub fn open(base: &Base) -> Result<FileLedger> {
+    FileLedger::open(&base.state_dir().join("ledger"), LedgerId(random()?))
+        .map_err(|error| MachineError::Host(error.to_string()))
+}
+
+fn reports(base: &Base) -> PathBuf {
+    base.state_dir().join("reports")
+}
+
+/// The newest report of a machine, if there is one.
+pub fn newest_report(base: &Base, name: &Name) -> Option<PathBuf> {
+    let path = reports(base).join(format!("{name}.json"));
+    path.exists().then_some(path)
+}
+
+/// Keeps a report where `ferry report NAME` finds it, and the one before it. A report that cannot be kept is logged: the
+/// crossing happened all the same.
+pub(super) fn keep_report(base: &Base, name: &Name, report: &Report) {
+    let keep = |dir: &Path| -> std::io::Result<()> {
+        std::fs::create_dir_all(dir)?;
+        let path = dir.join(format!("{name}.json"));
+        let _ = std::fs::rename(&path, dir.join(format!("{name}.previous.json")));
+        std::fs::write(&path, serde_json::to_vec_pretty(report)?)
+    };
+    let dir = reports(base);
+    if let Err(error) = keep(&dir) {
+        tracing::warn!("the report could not be kept in {}: {error}", dir.display());
+    }
+}

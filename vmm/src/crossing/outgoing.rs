@@ -1,0 +1,261 @@
+//! The machine as the engine sees it at the side that it leaves.
+
+use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ferry_devices::disk::Disk;
+use ferry_devices::virtio::net::NetStats;
+use ferry_migration::block::{BlockId, Source};
+use ferry_migration::failure::{Cause, Reason};
+use ferry_migration::handover::{MachineId, RunPermit, SessionId};
+use ferry_migration::machine::{GuestImpact, MachineCard, OutgoingMachine};
+use ferry_migration::policy::ServiceUse;
+
+use super::card::Description;
+use super::{DiskSource, MemorySource, Region};
+use crate::error::MachineError;
+use crate::lifecycle::{State, StopReason};
+use crate::machine::Machine;
+use crate::name::Name;
+
+/// A machine that is about to leave.
+pub struct Leaving {
+    machine: Arc<Machine>,
+    id: MachineId,
+    name: Name,
+    shared_storage: bool,
+    session: SessionId,
+    /// Whether the guest ran when the crossing began.
+    ran: bool,
+    /// The disks, by the numbers of their blocks.
+    disks: Vec<(BlockId, Arc<Disk>)>,
+    throttle: Throttled,
+    paused: bool,
+    released: bool,
+    /// Set when nobody knows who has the machine.
+    doubt: Arc<Doubt>,
+}
+
+/// Whether the machine's whereabouts are unknown, and since which crossing.
+#[derive(Default)]
+pub struct Doubt(Mutex<Option<SessionId>>);
+
+impl Doubt {
+    pub fn session(&self) -> Option<SessionId> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn set(&self, session: Option<SessionId>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = session;
+    }
+}
+
+/// How long vCPUs were held back, all in all.
+#[derive(Default)]
+struct Throttled {
+    percent: u8,
+    since: Option<Instant>,
+    total: Duration,
+}
+
+impl Throttled {
+    fn set(&mut self, percent: u8) {
+        if let Some(since) = self.since.replace(Instant::now()) {
+            self.total += since.elapsed() * u32::from(self.percent) / 100;
+        }
+        self.percent = percent;
+    }
+}
+
+fn failed(error: MachineError) -> Reason {
+    Reason::new(Cause::Machine, error.to_string())
+}
+
+impl Leaving {
+    pub fn new(
+        machine: Arc<Machine>,
+        id: MachineId,
+        name: Name,
+        session: SessionId,
+        shared_storage: bool,
+        doubt: Arc<Doubt>,
+    ) -> Leaving {
+        let ran = machine.state() == State::Running;
+        Leaving {
+            machine,
+            id,
+            name,
+            shared_storage,
+            session,
+            doubt,
+            ran,
+            disks: Vec::new(),
+            throttle: Throttled::default(),
+            paused: false,
+            released: false,
+        }
+    }
+}
+
+impl OutgoingMachine for Leaving {
+    fn card(&mut self) -> Result<MachineCard, Reason> {
+        if !matches!(self.machine.state(), State::Running | State::Paused) {
+            let sentence = format!("the machine cannot cross: it is {}", self.machine.state());
+            return Err(Reason::new(Cause::Machine, sentence));
+        }
+        let description = Description {
+            config: self.machine.config().clone(),
+            guest: self.machine.description().clone(),
+            shared_storage: self.shared_storage,
+        };
+        Ok(MachineCard {
+            machine: self.id,
+            name: self.name.to_string(),
+            running: self.ran,
+            description: description.encode()?,
+        })
+    }
+
+    fn sources(&mut self) -> Result<Vec<Arc<dyn Source>>, Reason> {
+        let mut sources: Vec<Arc<dyn Source>> = Vec::new();
+        let logs = self.machine.dirty_logs().map_err(failed)?;
+        for (region, log) in Region::all(self.machine.ram()).into_iter().zip(logs) {
+            let id = BlockId(sources.len() as u16);
+            sources.push(Arc::new(MemorySource::new(id, region, log)));
+        }
+        self.disks.clear();
+        if !self.shared_storage {
+            for (index, disk) in self.machine.disks().iter().cloned().enumerate() {
+                let id = BlockId(sources.len() as u16);
+                sources.push(Arc::new(DiskSource::new(
+                    id,
+                    format!("disk {index}"),
+                    disk.clone(),
+                )));
+                self.disks.push((id, disk));
+            }
+        }
+        Ok(sources)
+    }
+
+    fn check(&mut self) -> Result<(), Reason> {
+        let state = self.machine.state();
+        let fits = match state {
+            State::Running => self.ran,
+            State::Paused => !self.ran || self.paused,
+            _ => false,
+        };
+        if fits {
+            return Ok(());
+        }
+        let sentence = match state {
+            State::Paused => "the machine was paused while it crossed".to_owned(),
+            State::Running => "the machine was resumed while it crossed".to_owned(),
+            other => format!("the machine ended while it crossed: it is {other}"),
+        };
+        Err(Reason::new(Cause::Machine, sentence))
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), Reason> {
+        self.machine.set_throttle(percent);
+        self.throttle.set(percent);
+        Ok(())
+    }
+
+    fn slow_writes(&mut self, disk: BlockId, bytes_per_sec: Option<u64>) -> Result<(), Reason> {
+        if let Some((_, disk)) = self.disks.iter().find(|(id, _)| *id == disk) {
+            disk.slow_writes(bytes_per_sec.and_then(NonZeroU64::new));
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), Reason> {
+        self.paused = true;
+        if self.ran {
+            self.machine.pause().map_err(failed)?;
+        }
+        for disk in self.machine.disks() {
+            disk.flush().map_err(|error| {
+                Reason::new(
+                    Cause::Data,
+                    format!(
+                        "the disk image {} could not be flushed: {error}",
+                        disk.path().display()
+                    ),
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Reason> {
+        let records = self.machine.save().map_err(failed)?;
+        ferry_devices::records::encode(&records)
+            .map_err(|error| Reason::new(Cause::Machine, error.to_string()))
+    }
+
+    fn release(&mut self) -> Result<(), Reason> {
+        self.released = true;
+        self.machine.leave_network().map_err(failed)?;
+        for disk in self.machine.disks() {
+            disk.release_lock()
+                .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self, _permit: &RunPermit) -> Result<(), Reason> {
+        self.machine.set_throttle(0);
+        self.throttle.set(0);
+        for disk in self.machine.disks() {
+            disk.slow_writes(None);
+            if self.released {
+                disk.take_lock()
+                    .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
+            }
+        }
+        if self.released {
+            self.machine.join_network().map_err(failed)?;
+        }
+        if self.ran && self.paused && self.machine.state() == State::Paused {
+            self.machine.resume().map_err(failed)?;
+        }
+        (self.paused, self.released) = (false, false);
+        Ok(())
+    }
+
+    fn departed(&mut self) {
+        if let Err(error) = self.machine.stop(StopReason::HandedOver) {
+            tracing::warn!("what is left of the machine here could not be taken down: {error}");
+        }
+    }
+
+    fn stranded(&mut self) {
+        self.doubt.set(Some(self.session));
+    }
+
+    fn service(&mut self) -> Option<ServiceUse> {
+        let nets = self.machine.nets();
+        let used = |stats: NetStats| stats.received_bytes_per_sec + stats.sent_bytes_per_sec;
+        (!nets.is_empty()).then(|| ServiceUse {
+            bytes_per_sec: nets.iter().map(|net| used(net.stats())).sum(),
+            requests_per_sec: None,
+            goes_first: None,
+        })
+    }
+
+    fn impact(&mut self) -> GuestImpact {
+        self.throttle.set(self.throttle.percent);
+        GuestImpact {
+            throttled: self.throttle.total,
+            write_faults: None,
+            slowed_writes: self
+                .machine
+                .disks()
+                .iter()
+                .map(|disk| disk.stats().held_by_crossing)
+                .sum(),
+        }
+    }
+}

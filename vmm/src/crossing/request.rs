@@ -1,0 +1,54 @@
+//! What a user asks of a crossing, as it goes over the control socket; and what comes back, line by line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ferry_migration::pages::encode::Compression;
+use ferry_migration::policy::Limits;
+use ferry_migration::report::{Event, Report};
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CrossingRequest {
+    /// `tcp://HOST:PORT`, `unix:PATH`, or `pipe:PATH`: a socket at which one pipe to a receiver is to be had.
+    pub destination: String,
+    /// A folder as `ferry keys` makes it; only for tcp.
+    #[serde(default)]
+    pub tls: Option<PathBuf>,
+    pub limits: Limits,
+    #[serde(default = "two")]
+    pub lanes: u16,
+    #[serde(default)]
+    pub compression: Compression,
+    #[serde(default)]
+    pub verify: bool,
+    #[serde(default)]
+    pub shared_storage: bool,
+    /// How long the other side may make no progress.
+    #[serde(default = "stall")]
+    pub stall: Duration,
+    /// How long a broken link is tried again.
+    #[serde(default = "reconnect")]
+    pub reconnect_for: Duration,
+}
+
+fn two() -> u16 {
+    2
+}
+
+fn stall() -> Duration {
+    Duration::from_secs(10)
+}
+
+fn reconnect() -> Duration {
+    Duration::from_secs(30)
+}
+
+/// One line of the answer; the report is the last one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CrossingLine {
+    Event(Event),
+    Report(Box<Report>),
+}
