@@ -674,6 +674,19 @@ impl Stage {
         *self.host.lock().unwrap() = new_host(&self.built, &self.witness, &self.their_ledger, &self.clock);
     }
 
+    /// The other host agrees to these terms.
+    pub fn set_terms(&self, terms: Terms) {
+        let machine = FakeIncoming {
+            built: Arc::clone(&self.built),
+            witness: Arc::clone(&self.witness),
+        };
+        let (ledger, clock) = (
+            Box::new(self.their_ledger.clone()),
+            Arc::clone(&self.clock) as Arc<dyn Clock>,
+        );
+        *self.host.lock().unwrap() = Host::new(Box::new(machine), ledger, clock, terms);
+    }
+
     pub fn loopback(&self, lanes: u16) -> Loopback {
         Loopback::new(Arc::clone(&self.host), lanes)
     }
