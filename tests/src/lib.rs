@@ -1,4 +1,6 @@
 //! The harness that end-to-end tests share.
 
 pub mod bench;
+pub mod guest;
+pub mod host;
 pub mod nested;

@@ -37,6 +37,11 @@ pub fn run(dir: RunDir, config: &MachineConfig, ready: impl FnOnce()) -> Result<
     let serving = Serving::open(dir, outside, machine.clone(), MachineId(random()?))?;
     machine.start()?;
     drop(machine);
+    let (cpus, memory) = (config.cpus, config.memory);
+    tracing::info!(
+        "the machine {} runs: {cpus} CPUs, {memory} of memory",
+        serving.control.name
+    );
     ready();
     Ok(serving.wait())
 }

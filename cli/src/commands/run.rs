@@ -45,10 +45,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// How many CPUs [default: 1]
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub cpus: Option<u32>,
     /// How much memory, such as 512M or 2G [default: 256M]
-    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     pub memory: Option<ByteSize>,
     /// Guest memory from anonymous memory or from a memfd, which other processes can map [default: anonymous]
     #[arg(long, value_name = "KIND", value_parser = memory_backing)]

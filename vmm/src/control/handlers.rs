@@ -46,6 +46,11 @@ type Answer<T> = Result<Json<T>, ApiError>;
 
 /// curl says that a body is a form unless told otherwise, so the content type is not asked about.
 fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, ApiError> {
+    // serde would take a list for an object and hope that the order is right.
+    if !body.trim_ascii_start().starts_with(b"{") {
+        let sentence = "the request is not understood: its body is a JSON object";
+        return Err(ApiError(StatusCode::BAD_REQUEST, sentence.to_owned()));
+    }
     serde_json::from_slice(body).map_err(|error| {
         ApiError(
             StatusCode::BAD_REQUEST,

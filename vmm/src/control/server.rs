@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Router;
+use axum::body::HttpBody as _;
 use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{Method, StatusCode, Uri};
@@ -98,16 +99,19 @@ async fn wrong_method(method: Method, uri: Uri) -> ApiError {
     )
 }
 
-/// A body that is too long, or that broke off, is answered by axum in plain text; here it becomes our sentence.
-async fn as_sentence(request: Request, next: Next) -> Response {
+/// A body that says that it is too long is refused before it comes; one that turns out to be is answered by axum in
+/// plain text, which becomes our sentence.
+async fn limit_body(request: Request, next: Next) -> Response {
+    let too_long = || {
+        let sentence = format!("a request has at most {} bytes", api::BODY_LIMIT_BYTES);
+        ApiError(StatusCode::PAYLOAD_TOO_LARGE, sentence).into_response()
+    };
+    if request.body().size_hint().lower() > api::BODY_LIMIT_BYTES as u64 {
+        return too_long();
+    }
     let response = next.run(request).await;
-    let status = response.status();
-    match status {
-        StatusCode::PAYLOAD_TOO_LARGE => ApiError(
-            status,
-            format!("a request has at most {} bytes", api::BODY_LIMIT_BYTES),
-        )
-        .into_response(),
+    match response.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => too_long(),
         _ => response,
     }
 }
@@ -126,7 +130,7 @@ fn router(control: Arc<Control>) -> Router {
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(api::BODY_LIMIT_BYTES))
-        .layer(middleware::from_fn(as_sentence))
+        .layer(middleware::from_fn(limit_body))
         .layer(middleware::from_fn(check_peer))
         .with_state(control)
 }

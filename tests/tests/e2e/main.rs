@@ -1,0 +1,20 @@
+//! All end-to-end tests, one binary: the real `ferry`, real KVM, the built-in guest's own evidence.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "these are tests"
+)]
+
+mod bad_input;
+mod boot;
+mod command;
+mod console;
+mod control;
+mod detach;
+mod ends;
+mod house;
+mod names;
+mod nested;
+mod pause;
+mod pulse;
