@@ -324,6 +324,24 @@ impl Departure {
         ))
     }
 
+    /// Opens the book of a crossing that ended in doubt.
+    pub fn reopen(record: &Record) -> Result<Self, Reason> {
+        let state = giver_after_restart(Some(record.standing));
+        if record.side != Side::Outgoing || state != Giver::GivenAway {
+            return Err(Reason::new(
+                Cause::Ledger,
+                format!(
+                    "crossing {} is not in doubt here: it is {:?}",
+                    record.session, record.standing
+                ),
+            ));
+        }
+        Ok(Departure {
+            state,
+            record: record.clone(),
+        })
+    }
+
     pub fn epoch(&self) -> u64 {
         self.record.epoch
     }

@@ -26,6 +26,7 @@ pub mod pages;
 pub mod policy;
 pub mod receiver;
 pub mod report;
+pub mod resolve;
 mod sets;
 mod talk;
 pub mod transport;
