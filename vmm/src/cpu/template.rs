@@ -128,7 +128,9 @@ pub fn apply(template: &CpuTemplate, leaves: &mut Vec<Leaf>) -> Result<()> {
             *leaf.register_mut(group.register) &= kept & !removed;
         }
     }
-    restrict_xsave(leaves);
+    if allowed.is_some() || !removed.is_empty() {
+        restrict_xsave(leaves);
+    }
     if allowed.is_some() {
         // Leaves of features that no template has: AMX tiles, key locker, and what extends leaf 7.
         leaves.retain(|leaf| {

@@ -6,5 +6,8 @@ mod boot;
 mod disks;
 mod ends;
 mod harness;
+mod input;
+mod memory;
 mod net;
 mod pulses;
+mod vcpu_state;

@@ -156,3 +156,39 @@ fn a_machine_refuses_what_its_state_does_not_allow() {
     cut[1].body.truncate(100);
     assert!(prepare().restore(cut).is_err());
 }
+
+#[test]
+fn a_pulse_keeps_the_clock_right_and_the_disk_whole() {
+    if skip() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.img");
+    std::fs::File::create(&path).unwrap().set_len(16 << 20).unwrap();
+    let mut config = config(2, "work=disk journal=4M heartbeat=20ms");
+    config.disks.push(path.display().to_string().parse().unwrap());
+    config.rng = true;
+    config.balloon = true;
+    config.console = Some(ferry_vmm::config::SerialTarget::Null);
+    let mut guest = Guest::start(&config);
+    let first = guest.line(|line| line.contains(r#""t":"sum""#));
+    let begun = std::time::Instant::now();
+    for _ in 0..pulses() {
+        guest.machine.pulse().unwrap();
+        guest.beat();
+    }
+    let last = guest.line(|line| line.contains(r#""t":"sum""#));
+    assert!(
+        number(&last, "acked") > number(&first, "acked"),
+        "the journal stands still: {last}"
+    );
+    assert_eq!(number(&last, "io_errors"), 0, "{last}");
+    // The guest's clock has gone on with ours while it stood still.
+    let guest_time = Duration::from_nanos(number(&last, "ns") - number(&first, "ns"));
+    let here = begun.elapsed();
+    let off = here.abs_diff(guest_time);
+    assert!(
+        off < Duration::from_millis(1200),
+        "{guest_time:?} in the guest, {here:?} here"
+    );
+}

@@ -1,0 +1,204 @@
+//! Guest memory: the guest notices damage, and every changed page is in KVM's log or the monitor's bitmap.
+
+use std::time::{Duration, Instant};
+
+use ferry_devices::ram::take_dirty;
+use ferry_vmm::config::{MachineConfig, MemoryBacking};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::harness::{Guest, config, number, skip};
+
+/// The first range of memory that the guest says holds its evidence.
+fn evidence(hello: &str) -> (u64, u64) {
+    let numbers: Vec<u64> = hello
+        .split_once("\"evidence\":")
+        .unwrap()
+        .1
+        .split("\"0x")
+        .skip(1)
+        .map(|text| u64::from_str_radix(text.split('"').next().unwrap(), 16).unwrap())
+        .collect();
+    (numbers[0], numbers[1])
+}
+
+#[test]
+fn the_guest_reports_damage_that_is_done_from_outside() {
+    if skip() {
+        return;
+    }
+    let mut guest = Guest::start(&config(2, "work=allocator memory=16M rate=100 heartbeat=20ms"));
+    let hello = guest.line(|line| line.contains(r#""t":"hello""#));
+    guest.line(|line| line.contains(r#""t":"ready""#));
+    let (start, end) = evidence(&hello);
+    for at in (start..end).step_by(256 << 10) {
+        guest
+            .machine
+            .ram()
+            .write_slice(&[0x5a; 64], GuestAddress(at + 512))
+            .unwrap();
+    }
+    let damage = guest.line(|line| line.contains(r#""t":"damage""#));
+    assert!(damage.contains("5a5a5a5a"), "{damage}");
+}
+
+#[test]
+fn every_page_that_changes_is_logged_and_quiet_pages_are_not() {
+    if skip() {
+        return;
+    }
+    const PAGE: usize = 4096;
+    for backing in [MemoryBacking::Anonymous, MemoryBacking::Memfd] {
+        let config = MachineConfig {
+            memory_backing: backing,
+            ..config(
+                2,
+                "work=allocator memory=16M wws=25 rate=3000 order=random heartbeat=20ms",
+            )
+        };
+        let mut guest = Guest::start(&config);
+        guest.line(|line| line.contains(r#""t":"ready""#));
+        let logs = guest.machine.dirty_logs().unwrap();
+        assert_eq!(logs.len(), 1, "memory below 3 GiB is one region");
+        let words = (config.memory.0 as usize / PAGE).div_ceil(64);
+        let all = vec![u64::MAX; words];
+        let read = |guest: &Guest| {
+            let mut memory = vec![0u8; config.memory.0 as usize];
+            guest
+                .machine
+                .ram()
+                .read_slice(&mut memory, GuestAddress(0))
+                .unwrap();
+            memory
+        };
+        logs[0].start().unwrap();
+        assert!(
+            guest
+                .machine
+                .pulse()
+                .unwrap_err()
+                .to_string()
+                .contains("crossing")
+        );
+        for round in 0..3 {
+            guest.machine.pause().unwrap();
+            // What was noted until now is taken, and the pages protected anew.
+            logs[0].survey(&mut vec![0; words]).unwrap();
+            logs[0].clear(0, &all).unwrap();
+            take_dirty(guest.machine.ram());
+            let before = read(&guest);
+            guest.machine.resume().unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+            guest.machine.pause().unwrap();
+            let after = read(&guest);
+            let mut noted = vec![0u64; words];
+            logs[0].survey(&mut noted).unwrap();
+            for (word, more) in noted.iter_mut().zip(take_dirty(guest.machine.ram()).remove(0).1) {
+                *word |= more;
+            }
+            let is_noted = |page: usize| noted[page / 64] >> (page % 64) & 1 == 1;
+            let changed: Vec<usize> = (0..after.len() / PAGE)
+                .filter(|page| {
+                    before[page * PAGE..(page + 1) * PAGE] != after[page * PAGE..(page + 1) * PAGE]
+                })
+                .collect();
+            let lost: Vec<usize> = changed.iter().copied().filter(|page| !is_noted(*page)).collect();
+            assert!(
+                lost.is_empty(),
+                "round {round}: pages {lost:?} changed and nobody noted it"
+            );
+            assert!(changed.len() > 10, "the guest did nothing: {changed:?}");
+            let count: u32 = noted.iter().map(|word| word.count_ones()).sum();
+            assert!(
+                (count as usize) < 10 * changed.len() + 200,
+                "{count} pages noted, {} changed",
+                changed.len()
+            );
+            guest.machine.resume().unwrap();
+        }
+        logs[0].stop();
+        guest.beat();
+        guest.machine.pulse().unwrap();
+        guest.beat();
+    }
+}
+
+#[test]
+fn a_throttled_guest_does_less_and_still_pauses_at_once() {
+    if skip() {
+        return;
+    }
+    let mut guest = Guest::start(&config(2, "work=spin heartbeat=100ms"));
+    let spins = |guest: &mut Guest| number(&guest.line(|line| line.contains(r#""t":"sum""#)), "spins");
+    spins(&mut guest);
+    let first = spins(&mut guest);
+    let free = spins(&mut guest) - first;
+    guest.machine.set_throttle(90);
+    spins(&mut guest);
+    let first = spins(&mut guest);
+    let slow = spins(&mut guest) - first;
+    assert!(slow * 2 < free, "90 % throttled: {slow} instead of {free}");
+    let begun = Instant::now();
+    guest.machine.pause().unwrap();
+    assert!(
+        begun.elapsed() < Duration::from_millis(50),
+        "a napping CPU kept us waiting"
+    );
+    guest.machine.resume().unwrap();
+    guest.machine.pulse().unwrap();
+    guest.machine.set_throttle(0);
+    spins(&mut guest);
+    let first = spins(&mut guest);
+    let again = spins(&mut guest) - first;
+    assert!(
+        again > slow * 2,
+        "the throttle was not let go: {again} after {slow}"
+    );
+}
+
+/// Bytes that this process has in memory, without what belongs to guests.
+fn own_memory() -> u64 {
+    let field = |name: &str| {
+        let text = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(name))
+            .unwrap()
+            .to_owned();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+    };
+    field("Rss:")
+}
+
+#[test]
+fn a_machine_costs_little_beside_the_guests_memory() {
+    if skip() {
+        return;
+    }
+    // In a process of its own, because other tests of this binary have memory too.
+    if std::env::var_os("FERRY_MEASURE_OVERHEAD").is_none() {
+        let me = std::env::current_exe().unwrap();
+        let name = "memory::a_machine_costs_little_beside_the_guests_memory";
+        let output = std::process::Command::new(me)
+            .args([name, "--exact", "--nocapture"])
+            .env("FERRY_MEASURE_OVERHEAD", "1")
+            .output()
+            .unwrap();
+        eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stdout)
+        );
+        return;
+    }
+    let mut guest = Guest::start(&MachineConfig {
+        prepopulate: true,
+        ..config(2, "work=idle heartbeat=20ms")
+    });
+    for _ in 0..5 {
+        guest.beat();
+    }
+    let overhead = own_memory() - (128 << 20);
+    eprintln!("resident beside guest memory: {} KiB", overhead >> 10);
+    assert!(overhead < 40 << 20, "{} KiB", overhead >> 10);
+}
