@@ -246,6 +246,8 @@ impl Copying {
             remaining_bytes: self.history.remaining_bytes,
             bandwidth_bytes_per_sec: decision.bandwidth_bytes_per_sec,
             paced,
+            throttle_percent: self.history.throttle_percent,
+            service_bytes_per_sec: self.history.service.map_or(0.0, |s| s.bytes_per_sec),
         });
         if self.history.samples.len() > SAMPLES_KEPT {
             self.history.samples.remove(0);

@@ -28,6 +28,7 @@ pub mod receiver;
 pub mod report;
 pub mod resolve;
 mod sets;
+pub mod sim;
 mod talk;
 pub mod transport;
 pub mod units;

@@ -8,6 +8,8 @@ mod fit;
 mod queue;
 mod sla;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use serde::{Deserialize, Serialize};
 

@@ -34,7 +34,7 @@ pub(super) fn decide(given: Option<u64>, history: &History, limits: &Limits) -> 
             )
         }
         None => {
-            let plan = problem.best_fixed(2048, None);
+            let plan = problem.best_fixed(None);
             (plan.bandwidth * PAGE, plan.clean * PAGE)
         }
     };

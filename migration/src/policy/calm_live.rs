@@ -7,14 +7,19 @@
 
 use std::time::Duration;
 
-use super::{Decision, History, Limits, Order, Reason, Throttle, UNLIMITED};
+use super::{Decision, History, Limits, Order, Reason, ServiceUse, Throttle, UNLIMITED};
 
 const SLICE: Duration = Duration::from_millis(100);
 const SHORTEST_SLICE: Duration = Duration::from_millis(10);
-/// How much of the cost of stopping now it may cost to wait for a better moment: without and with signs that
-/// the writing changes over time.
-const PATIENCE: f64 = 0.02;
-const PATIENCE_WITH_SIGNS: f64 = 0.25;
+/// How much of the cost of stopping now it may cost to wait for a better moment, where the writing changes
+/// over time.
+const PATIENCE: f64 = 0.25;
+/// A slice has to save this much more than it costs: a tie stops, and so does a gain that is only noise.
+const MARGIN: f64 = 1.01;
+/// After this long without progress the guest is slowed, or slowed more.
+const LOOK: Duration = Duration::from_secs(3);
+/// After this long without progress, with nothing left to try, a contract is given up.
+const GIVE_UP: Duration = Duration::from_secs(15);
 const PAGE: f64 = 4096.0;
 
 /// What one choice of bandwidth does.
@@ -61,9 +66,15 @@ pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
     let spent = (choice.late + known.time_price) * slice;
     let step_cost = spent / (known.remaining - after).max(1e-9) * PAGE;
     let stop_cost = (known.down + known.time_price) / link * PAGE;
-    if known.remaining > 0.0 && saved > spent {
+    if known.remaining > 0.0 && saved > spent * MARGIN {
         let (choice, hurry) = hurry(&known, choice, history, limits);
-        let mut decision = copy(choice, slice);
+        if hurry.is_none()
+            && dear(&known, choice, history, limits)
+            && let Some(wait) = wait(&known, choice, history, limits)
+        {
+            return wait;
+        }
+        let mut decision = copy(&known, choice, slice, history);
         decision.slow_writes_bytes_per_sec = slow_writes(history, choice.bandwidth / ratio);
         let reason = match hurry {
             Some(left_secs) => Reason::Hurry {
@@ -72,7 +83,7 @@ pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
             },
             None if choice.yields => Reason::TakeWhatIsIdle {
                 bandwidth_bytes_per_sec: choice.bandwidth,
-                service_bytes_per_sec: history.service.map_or(0.0, |s| s.bytes_per_sec),
+                service_bytes_per_sec: service(history).map_or(0.0, |s| s.bytes_per_sec),
                 dirty_bytes_per_sec: known.dirty,
             },
             None => Reason::StepPays {
@@ -88,7 +99,7 @@ pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
     if limits.downtime_is_contract && known.remaining > 0.0 && downtime > limit {
         return keep_the_contract(&known, history, limits, downtime, limit);
     }
-    if let Some(wait) = wait(&known, choice, history) {
+    if let Some(wait) = wait(&known, choice, history, limits) {
         return wait;
     }
     let reason = if known.remaining <= 0.0 {
@@ -105,23 +116,64 @@ pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
     (Decision::switch(), reason)
 }
 
-fn copy(choice: Choice, slice: f64) -> Decision {
+/// Coldest first, a slice, with the throttle as it is.
+fn copy(known: &Known, choice: Choice, slice: f64, history: &History) -> Decision {
     let bandwidth = if choice.yields {
-        UNLIMITED
+        known.link
     } else {
-        choice.bandwidth as u64
+        choice.bandwidth
     };
-    let mut decision = Decision::go_on(bandwidth);
+    let mut decision = Decision::go_on(bandwidth as u64);
     decision.yield_to_service = choice.yields;
     decision.order = Order::ColdestFirst;
     decision.fresh = true;
     decision.ask_again = Duration::from_secs_f64(slice);
+    if history.throttle_percent > 0 {
+        decision.throttle = Throttle {
+            percent: history.throttle_percent,
+            vcpus: writers(history),
+        };
+    }
     decision
+}
+
+/// Copying hurts the service now, and by what was seen lately it will hurt it much less soon.
+fn dear(known: &Known, choice: Choice, history: &History, limits: &Limits) -> bool {
+    if choice.late <= known.time_price {
+        return false;
+    }
+    let mut rates = super::stall::write_rates(history);
+    rates.sort_by(f64::total_cmp);
+    let clean = history.total_bytes.saturating_sub(history.remaining_bytes) as f64;
+    let quiet = rates
+        .get(rates.len() / 4)
+        .map_or(known.dirty, |rate| rate * clean);
+    let busiest = limits.cost.offered_bytes_per_sec().unwrap_or(0.0);
+    let least_use = history
+        .samples
+        .iter()
+        .map(|s| s.service_bytes_per_sec)
+        .fold(f64::INFINITY, f64::min);
+    let load = if busiest > 0.0 && least_use.is_finite() {
+        known.load.min(least_use / busiest)
+    } else {
+        known.load
+    };
+    let price = (choice.late + known.time_price) / (choice.bandwidth - known.dirty).max(1e-9);
+    limits
+        .cost
+        .cheapest(known.link, quiet.min(known.dirty), known.time_price, load)
+        .is_some_and(|(_, later)| later < price / 2.0)
+}
+
+/// The service's use of the link, if it is a number.
+fn service(history: &History) -> Option<ServiceUse> {
+    history.service.filter(|s| s.bytes_per_sec.is_finite())
 }
 
 /// How many requests arrive, against what the SLA says.
 fn load(history: &History, limits: &Limits) -> f64 {
-    let Some(service) = history.service else {
+    let Some(service) = service(history) else {
         return 1.0;
     };
     let measured = match (service.requests_per_sec, limits.cost.requests_per_sec()) {
@@ -151,7 +203,7 @@ fn choose(known: &Known, history: &History, limits: &Limits) -> Choice {
             };
             (choice, price)
         });
-    let idle = history.service.and_then(|service| {
+    let idle = service(history).and_then(|service| {
         let delay = service.goes_first?;
         let bandwidth = known.link - service.bytes_per_sec.max(0.0);
         let late = limits
@@ -208,21 +260,26 @@ fn keep_the_contract(
     downtime: f64,
     limit: f64,
 ) -> (Decision, Reason) {
-    // The dirtying rate once only as much is left as the contract allows.
     let room = (limit - history.switch_fixed.as_secs_f64()).max(0.0) * known.link;
-    let bandwidth = limits
+    let stalled = super::stall::stalled(history);
+    // The contract comes before the service level: as fast as it takes, and all the link if that is too slow.
+    let cheapest = limits
         .cost
-        .cheapest(known.link, known.dirty, known.time_price, known.load)
-        .map_or(known.link, |c| c.0)
-        .max((known.dirty * 1.1 + room * 0.1).min(known.link));
+        .cheapest(known.link, known.dirty, known.time_price, known.load);
+    let bandwidth = if stalled >= LOOK {
+        known.link
+    } else {
+        cheapest
+            .map_or(known.link, |c| c.0)
+            .max((known.dirty * 1.1 + room * 0.1).min(known.link))
+    };
     let choice = Choice {
         bandwidth,
         late: limits.cost.at_load(known.link - bandwidth, known.load),
         yields: false,
     };
-    let mut decision = copy(choice, SLICE.as_secs_f64());
-    let stalled = super::stall::stalled(history);
-    if let Some(rounds) = stalled {
+    let mut decision = copy(known, choice, SLICE.as_secs_f64(), history);
+    if stalled >= LOOK {
         let percent = throttle_for(known, history, limits);
         if percent > history.throttle_percent {
             decision.throttle = Throttle {
@@ -236,30 +293,19 @@ fn keep_the_contract(
             };
             return (decision, reason);
         }
-        if bandwidth >= known.link * 0.99 {
-            let reason = if room <= 0.0 || known.dirty >= known.link {
-                Reason::ContractUnreachable {
-                    dirty_bytes_per_sec: known.dirty,
-                    bandwidth_bytes_per_sec: known.link,
-                    limit_secs: limit,
-                }
-            } else {
-                Reason::Stalled {
-                    rounds,
-                    remaining_bytes: history.remaining_bytes,
-                }
-            };
-            return (Decision::give_up(), reason);
-        }
-        // Not at full speed yet: the contract comes before the service level.
-        decision.bandwidth_bytes_per_sec = known.link as u64;
     }
-    decision.throttle.percent = history.throttle_percent;
-    decision.throttle.vcpus = writers(history);
+    if stalled >= GIVE_UP {
+        let reason = Reason::ContractUnreachable {
+            dirty_bytes_per_sec: known.dirty,
+            bandwidth_bytes_per_sec: known.link,
+            limit_secs: limit,
+        };
+        return (Decision::give_up(), reason);
+    }
     let reason = Reason::ContractFirst {
         downtime_secs: downtime,
         limit_secs: limit,
-        bandwidth_bytes_per_sec: decision.bandwidth_bytes_per_sec as f64,
+        bandwidth_bytes_per_sec: bandwidth,
     };
     (decision, reason)
 }
@@ -294,39 +340,64 @@ fn writers(history: &History) -> Vec<u32> {
 /// Disk writes that come faster than everything can be copied are held to half of the copy.
 fn slow_writes(history: &History, copied_per_sec: f64) -> Option<u64> {
     let disk = history.disk_dirty_bytes_per_sec;
-    (history.disk_remaining_bytes > 0 && disk > copied_per_sec && super::stall::stalled(history).is_some())
+    (history.disk_remaining_bytes > 0 && disk > copied_per_sec && super::stall::stalled(history) >= LOOK)
         .then_some((copied_per_sec / 2.0).max(1.0) as u64)
 }
 
-/// Stopping pays by what is known now. Where the writing changes over time a better moment may come; waiting
-/// for it may cost a small part of what the switch would cost.
-fn wait(known: &Known, choice: Choice, history: &History) -> Option<(Decision, Reason)> {
-    let stop = known.remaining * (known.down + known.time_price) / known.link;
-    let per_sec = known.time_price + choice.late.min(known.time_price);
-    if per_sec <= 0.0 {
+/// Conditions change over time, and a better moment may come. Waiting for it, at a bandwidth that hardly hurts,
+/// may cost a part of what the switch would cost now.
+fn wait(known: &Known, choice: Choice, history: &History, limits: &Limits) -> Option<(Decision, Reason)> {
+    if !super::stall::conditions_change(history) {
         return None;
     }
-    let changes = super::stall::writing_changes(history);
-    let share = if changes { PATIENCE_WITH_SIGNS } else { PATIENCE };
-    let patience = stop * share / per_sec;
+    let choice = if choice.late <= known.time_price {
+        choice
+    } else {
+        gentle(known, limits)
+    };
+    let per_sec = known.time_price + choice.late;
+    let patience = known.remaining * (known.down + known.time_price) / known.link * PATIENCE / per_sec;
     let waited = history.waited.as_secs_f64();
-    let least = history
+    let least = history.samples.iter().map(|s| s.remaining_bytes).min();
+    let least_bytes = least.unwrap_or(history.remaining_bytes);
+    let before = history
         .samples
         .iter()
-        .map(|s| s.remaining_bytes)
-        .min()
-        .unwrap_or(history.remaining_bytes);
-    let at_a_low = changes && history.remaining_bytes <= least + least / 20;
-    if waited >= patience || patience < SLICE.as_secs_f64() || at_a_low {
+        .rev()
+        .nth(10)
+        .map_or(u64::MAX, |s| s.remaining_bytes);
+    let falls = history.remaining_bytes < before - before / 100;
+    let at_a_low =
+        history.remaining_bytes <= least_bytes + least_bytes / 20 && !falls && known.dirty < known.link;
+    let sound = per_sec > 0.0 && patience.is_finite();
+    if !sound || waited >= patience || patience < SLICE.as_secs_f64() || at_a_low {
         return None;
     }
-    let mut decision = copy(choice, SLICE.as_secs_f64());
+    let mut decision = copy(known, choice, SLICE.as_secs_f64(), history);
     decision.waiting = true;
     let reason = Reason::WaitForALull {
         remaining_bytes: history.remaining_bytes,
-        least_bytes: least,
+        least_bytes,
         waited_secs: waited,
         patience_secs: patience,
     };
     Some((decision, reason))
+}
+
+/// The most bandwidth whose late requests cost no more than the time does.
+fn gentle(known: &Known, limits: &Limits) -> Choice {
+    let (mut low, mut high) = (0.0, known.link);
+    for _ in 0..40 {
+        let middle = (low + high) / 2.0;
+        if limits.cost.at_load(known.link - middle, known.load) <= known.time_price {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    Choice {
+        bandwidth: low,
+        late: limits.cost.at_load(known.link - low, known.load),
+        yields: false,
+    }
 }

@@ -21,6 +21,8 @@ mod qemu;
 pub mod reason;
 mod registry;
 pub mod stall;
+#[cfg(test)]
+mod tests;
 mod virtualbox;
 mod xen;
 
@@ -66,6 +68,10 @@ pub struct Sample {
     pub bandwidth_bytes_per_sec: u64,
     /// Whether the pacer held the data back; if not, the link (or the program) was the limit.
     pub paced: bool,
+    /// The throttle that was in force.
+    pub throttle_percent: u8,
+    /// What the service used of the link; 0 if nobody counts.
+    pub service_bytes_per_sec: f64,
 }
 
 /// How much of the link the service in the machine uses itself, as counted at its network device.
@@ -289,20 +295,23 @@ impl History {
         (wire as f64 / copied as f64).max(1e-3)
     }
 
-    /// How fast clean bytes get dirty now.
+    /// How fast clean bytes get dirty now: as seen in the last second, or three where hardly any did; what the
+    /// groups foretell before that much was seen.
     pub fn dirty_bytes_per_sec(&self) -> f64 {
-        if self.groups.iter().any(|g| g.bytes > 0) {
-            return self.groups.iter().map(|g| g.dirty_bytes_per_sec()).sum();
-        }
+        const ENOUGH_BYTES: u64 = 400 * 4096;
         let (mut bytes, mut secs) = (0, 0.0);
         for sample in self.samples.iter().rev() {
             bytes += sample.dirtied_bytes;
             secs += sample.time.as_secs_f64();
-            if secs >= 2.0 {
+            if secs >= 3.0 || (secs >= 1.0 && bytes >= ENOUGH_BYTES) {
                 break;
             }
         }
-        if secs > 0.0 { bytes as f64 / secs } else { 0.0 }
+        if secs >= 1.0 {
+            return bytes as f64 / secs;
+        }
+        let flow: f64 = self.groups.iter().map(|g| g.dirty_bytes_per_sec()).sum();
+        if flow.is_finite() { flow.max(0.0) } else { 0.0 }
     }
 
     /// The rate at which one page is written, averaged over all pages.
@@ -314,7 +323,7 @@ impl History {
                 .iter()
                 .map(|g| g.bytes as f64 * g.writes_per_sec)
                 .sum();
-            return Some(writes / bytes);
+            return Some(writes / bytes).filter(|rate| rate.is_finite() && *rate >= 0.0);
         }
         let last = self.rounds.last()?;
         let fraction = last.dirty_bytes as f64 / self.total_bytes.max(1) as f64;
@@ -324,13 +333,14 @@ impl History {
 }
 
 impl Limits {
-    /// What the link carries: stated, or measured, or nothing is known yet.
+    /// What the link carries: as stated, less if less was measured; `None` if nothing is known yet.
     pub fn link(&self, history: &History) -> Option<f64> {
-        match self.link_bytes_per_sec {
-            Some(stated) => Some(stated as f64),
-            None => history.link_bytes_per_sec,
+        let measured = history.link_bytes_per_sec.filter(|b| b.is_finite() && *b >= 1.0);
+        match (self.link_bytes_per_sec, measured) {
+            (Some(stated), Some(measured)) => Some(measured.min(stated.max(1) as f64)),
+            (Some(stated), None) => Some(stated.max(1) as f64),
+            (None, measured) => measured,
         }
-        .filter(|b| b.is_finite() && *b >= 1.0)
     }
 
     /// Forces a bandwidth into the limits: at least the least, at most the cap and a stated link.

@@ -86,15 +86,28 @@ impl Problem<'_> {
         }
     }
 
-    /// The best constant bandwidth (on a grid of `steps`) and its stop; `clean` fixes the stop instead.
-    pub fn best_fixed(&self, steps: u32, clean: Option<f64>) -> FixedPlan {
+    /// The best constant bandwidth and its stop; `clean` fixes the stop instead. A coarse grid over the link, then
+    /// a fine one around its best point: exact to a 16,384th of the link.
+    pub fn best_fixed(&self, clean: Option<f64>) -> FixedPlan {
+        const STEPS: u32 = 128;
         let mut best = self.fixed_at(self.link, 0.0);
-        for i in 1..=steps {
-            let bandwidth = self.link * f64::from(i) / f64::from(steps);
+        let mut consider = |bandwidth: f64| {
             let stop = clean.unwrap_or_else(|| self.best_clean(bandwidth));
             let plan = self.fixed_at(bandwidth, stop);
             if plan.cost < best.cost {
                 best = plan;
+            }
+            best.bandwidth
+        };
+        let step = self.link / f64::from(STEPS);
+        let mut coarse = self.link;
+        for i in 1..=STEPS {
+            coarse = consider(step * f64::from(i));
+        }
+        for i in 1..2 * STEPS {
+            let bandwidth = coarse + step * (f64::from(i) / f64::from(STEPS) - 1.0);
+            if bandwidth > 0.0 && bandwidth <= self.link {
+                consider(bandwidth);
             }
         }
         best

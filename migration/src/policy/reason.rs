@@ -134,11 +134,6 @@ pub enum Reason {
         left_secs: f64,
         bandwidth_bytes_per_sec: f64,
     },
-    /// No progress for several rounds.
-    Stalled {
-        rounds: usize,
-        remaining_bytes: u64,
-    },
     Deadline {
         elapsed_secs: f64,
         limit_secs: f64,
@@ -411,14 +406,6 @@ impl std::fmt::Display for Reason {
                 "{} are left until the deadline: copying at {}",
                 time(*left_secs),
                 rate(*bandwidth_bytes_per_sec)
-            ),
-            Reason::Stalled {
-                rounds,
-                remaining_bytes,
-            } => write!(
-                f,
-                "{rounds} rounds brought no progress and {} are left",
-                size(*remaining_bytes as f64)
             ),
             Reason::Deadline {
                 elapsed_secs,
