@@ -10,6 +10,8 @@ use kvm_ioctls::{Kvm, VcpuFd};
 
 use crate::harness::{config, skip};
 
+type Change<'a> = &'a dyn Fn(&mut VcpuState);
+
 struct Bench {
     kvm: Kvm,
     caps: Capabilities,
@@ -99,7 +101,7 @@ fn each_field_of_a_cpu_is_saved_and_restored_by_itself() {
     );
 
     const SYSENTER_EIP: u32 = 0x176;
-    let changes: [(&str, &dyn Fn(&mut VcpuState)); 9] = [
+    let changes: [(&str, Change); 9] = [
         ("mp_state", &|s| {
             s.mp_state.0.mp_state = kvm_bindings::KVM_MP_STATE_HALTED
         }),
