@@ -73,7 +73,7 @@ pub struct RunArgs {
     /// A disk: path=FILE[,format=raw|qcow2][,readonly][,cache=writeback|writethrough|direct][,bandwidth=SIZE][,iops=N][,serial=TEXT][,queues=N]; may be given again
     #[arg(long, value_name = "SPEC")]
     pub disk: Vec<DiskConfig>,
-    /// A network device: tap=NAME or bridge=NAME, [,mac=ADDRESS][,queues=N][,bandwidth=SIZE][,pps=N]; may be given again
+    /// A network device: tap=NAME (made if it is not there) or bridge=NAME (a new TAP in that bridge) [,mac=ADDRESS][,queues=N][,bandwidth=SIZE][,pps=N]; may be given again
     #[arg(long, value_name = "SPEC")]
     pub net: Vec<NetConfig>,
     /// A source of randomness for the guest

@@ -8,6 +8,8 @@ pub struct Acpi {
     ids: [u32; MAX_IDS],
     count: usize,
     pub sleep: Sleep,
+    /// Port of the power management events, 0 if the tables name none.
+    pub events: u16,
     /// PCI configuration space in memory, 0 if the tables name none.
     pub ecam: u64,
 }
@@ -42,6 +44,7 @@ impl Acpi {
             ids: [0; MAX_IDS],
             count: 0,
             sleep: Sleep::Control { port: 0x604, kind: 0 },
+            events: 0,
             ecam: 0,
         };
         let root = if root != 0 { root } else { scan().unwrap_or(0) };
@@ -81,6 +84,7 @@ impl Acpi {
             soft_off(self::body(dsdt)).unwrap_or(0)
         };
         let reduced = u32_at(body, at(112)) & 1 << 20 != 0;
+        self.events = if reduced { 0 } else { u32_at(body, at(56)) as u16 };
         self.sleep = match (reduced, body.get(at(244)), u64_at(body, at(248))) {
             (true, Some(0), address) => Sleep::Memory { address, kind },
             (true, Some(1), port) => Sleep::Port {

@@ -109,6 +109,9 @@ impl Chief {
             let behind = (now - self.next_beat) / self.plan.heartbeat_ns;
             self.next_beat += (behind + 1) * self.plan.heartbeat_ns;
             self.listen(shift);
+            if power::button_pressed() {
+                self.finish(End::PowerOff, now);
+            }
         } else if cpu::serial_interrupted() {
             self.listen(shift);
         }

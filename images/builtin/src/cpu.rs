@@ -40,6 +40,13 @@ pub fn out8(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack, preserves_flags)) };
 }
 
+pub fn in16(port: u16) -> u16 {
+    let value: u16;
+    // SAFETY: reads a port.
+    unsafe { asm!("in ax, dx", in("dx") port, out("ax") value, options(nostack, nomem, preserves_flags)) };
+    value
+}
+
 pub fn out16(port: u16, value: u16) {
     // SAFETY: writes a port.
     unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nostack, preserves_flags)) };

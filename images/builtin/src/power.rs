@@ -9,7 +9,11 @@ use crate::plan::End;
 /// How the tables say the machine is turned off, packed by `remember`.
 static SLEEP: [AtomicU64; 2] = [AtomicU64::new(0x604), AtomicU64::new(0)];
 
-pub fn remember(sleep: Sleep) {
+/// Where the tables say that power management events are seen; 0: nowhere.
+static EVENTS: AtomicU64 = AtomicU64::new(0);
+
+pub fn remember(sleep: Sleep, events: u16) {
+    EVENTS.store(events as u64, Ordering::Relaxed);
     let (at, kind, value) = match sleep {
         Sleep::Control { port, kind } => (port as u64, 0, kind),
         Sleep::Port { port, kind } => (port as u64, 1, kind),
@@ -17,6 +21,14 @@ pub fn remember(sleep: Sleep) {
     };
     SLEEP[0].store(at, Ordering::Relaxed);
     SLEEP[1].store(kind << 8 | value as u64, Ordering::Relaxed);
+}
+
+/// Whether somebody pressed the power button: bit 8 of the PM1a status register.
+pub fn button_pressed() -> bool {
+    match EVENTS.load(Ordering::Relaxed) as u16 {
+        0 => false,
+        port => cpu::in16(port) & 1 << 8 != 0,
+    }
 }
 
 /// Ends the run. Returns to nobody: where the machine does not end, it stands still.

@@ -20,7 +20,7 @@ fn first() -> ! {
     serial::start();
     let info = Info::read();
     let acpi = Acpi::read(info.rsdp);
-    power::remember(acpi.sleep);
+    power::remember(acpi.sleep, acpi.events);
     crate::pci::begin(acpi.ecam);
     cpu::route_io_interrupt(4, cpu::SERIAL_VECTOR);
     let asked = orders::value(info.command(), "cpus")

@@ -223,7 +223,7 @@ fn kernels_that_are_none() {
             "segment-huge",
             elf(|file| set(file, SEGMENT + FILE_SIZE, u64::MAX)),
         ),
-        ("note-huge", elf(|file| set(file, NOTE + FILE_SIZE, u64::MAX / 2))),
+        ("note-far", elf(|file| set(file, NOTE + OFFSET, u64::MAX - 10))),
     ];
     for (name, bytes) in &files {
         fs::write(host.file(name), bytes).unwrap();
@@ -282,6 +282,12 @@ fn what_the_host_does_not_have() {
     fs::create_dir(host.file("folder")).unwrap();
     fs::write(host.file("template.json"), "{ nonsense").unwrap();
     for (arguments, said) in [
+        (&["--cpu-template", "missing.json"][..], "missing.json"),
+        (&["--cpu-template", "./template.json"], "template.json"),
+    ] {
+        run_refused(&host, arguments, USAGE, said);
+    }
+    for (arguments, said) in [
         (&["--memory", "16T"][..], "memory"),
         (
             &["--serial", "file=no/such/folder/out"],
@@ -292,11 +298,8 @@ fn what_the_host_does_not_have() {
             &["--serial", "socket=no/such/folder/s"],
             "no/such/folder/s cannot be made",
         ),
-        (&["--cpu-template", "missing.json"], "missing.json"),
-        (&["--cpu-template", "./template.json"], "template.json"),
         (&["--disk", "missing.img"], "missing.img"),
         (&["--disk", "folder"], "folder"),
-        (&["--net", "tap=nosuchtap0"], "nosuchtap0"),
         (&["--net", "bridge=nosuchbr0"], "nosuchbr0"),
     ] {
         run_refused(&host, arguments, FAILURE, said);
