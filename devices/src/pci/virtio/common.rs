@@ -292,14 +292,16 @@ impl Common {
         if sizes(&saved) != sizes(&self.registers) {
             return Err("it has other queues".to_owned());
         }
+        // A driver may write any features; they count once they are agreed. Refusing the others here would let a guest
+        // make its machine impossible to move.
+        let agreed = saved.status & (FEATURES_OK | DRIVER_OK) != 0;
         let foreign = saved.driver_features & !self.offered;
-        if foreign != 0 {
+        if agreed && foreign != 0 {
             return Err(format!(
                 "its driver uses features that are not offered here ({foreign:#x})"
             ));
         }
-        let agreed = saved.driver_features & VERSION_1 != 0;
-        if saved.status & !STATUS_BITS != 0 || saved.status & (FEATURES_OK | DRIVER_OK) != 0 && !agreed {
+        if saved.status & !STATUS_BITS != 0 || agreed && saved.driver_features & VERSION_1 == 0 {
             return Err(format!("its status {:#x} contradicts its features", saved.status));
         }
         self.registers = saved;
@@ -314,5 +316,50 @@ fn set_half(register: &mut u64, offset: u64, len: usize, value: u64) {
         (0, 4) => *register = *register & !0xffff_ffff | value,
         (4, 4) => *register = *register & 0xffff_ffff | value << 32,
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Messages;
+
+    fn registers(offered: u64) -> Common {
+        let interrupts = Arc::new(Interrupts::new(1, Arc::new(Messages::default())));
+        Common::new("test".to_owned(), offered, &[64], interrupts)
+    }
+
+    fn write_features(common: &mut Common, features: u64) {
+        for half in 0..2u64 {
+            common.write(DRIVER_FEATURE_SELECT, &(half as u32).to_le_bytes());
+            common.write(DRIVER_FEATURE, &((features >> (32 * half)) as u32).to_le_bytes());
+        }
+    }
+
+    #[test]
+    fn a_driver_does_not_move_to_a_device_without_the_features_it_uses() {
+        let mut rich = registers(1 << 29);
+        write_features(&mut rich, 1 << 29 | VERSION_1);
+        rich.write(STATUS, &[ACKNOWLEDGE | DRIVER | FEATURES_OK]);
+        let refusal = registers(0).restore(rich.save()).unwrap_err();
+        assert!(refusal.contains("0x20000000"), "{refusal}");
+        registers(1 << 29 | 1 << 5).restore(rich.save()).unwrap();
+    }
+
+    #[test]
+    fn a_guest_cannot_make_its_machine_impossible_to_move_by_asking_for_features() {
+        let mut common = registers(0);
+        write_features(&mut common, u64::MAX);
+        common.write(STATUS, &[ACKNOWLEDGE | DRIVER | FEATURES_OK]);
+        registers(0).restore(common.save()).unwrap();
+    }
+
+    #[test]
+    fn a_status_that_contradicts_itself_is_refused() {
+        let mut saved = registers(0).save();
+        saved.status = DRIVER_OK;
+        assert!(registers(0).restore(saved.clone()).is_err());
+        saved.status = 0x10;
+        assert!(registers(0).restore(saved).is_err());
     }
 }
