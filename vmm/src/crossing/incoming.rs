@@ -188,6 +188,13 @@ impl IncomingMachine for Arriving {
         let outside = Outside::connect(&dir, &config).map_err(failed)?;
         let machine = Machine::prepare(&config, &description.guest, outside.wiring()).map_err(failed)?;
         let machine = Arc::new(machine);
+        if !description.shared_storage {
+            // Images that were made for this machine are this side's from the start; shared ones come with the switch.
+            for disk in machine.disks() {
+                disk.take_lock()
+                    .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
+            }
+        }
         let regions = Region::all(machine.ram());
         let mut sinks: Vec<Arc<dyn Sink>> = Vec::new();
         for (region, block) in regions.into_iter().zip(&offer.blocks) {
