@@ -199,7 +199,7 @@ impl Carrier {
         tick: &mut dyn FnMut(),
     ) -> Result<Carried, CarryError> {
         let lanes = self.workers.len();
-        let (give, get) = crossbeam::channel::bounded::<Batch>(lanes * 2);
+        let (give, get) = crossbeam::channel::bounded::<Batch>(lanes);
         let failed = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let mut running = Vec::with_capacity(lanes);

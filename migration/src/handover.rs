@@ -14,6 +14,11 @@
 //!    network finds it closed. The one change it may make is from `Taken` to `Declined` when starting the
 //!    machine failed before a single instruction ran and nobody was told yet.
 //!
+//! Writing to a disk takes milliseconds, and in the switch the machine runs nowhere. So the outgoing side writes
+//! `GivenAway` *before* it pauses the machine (it is `Armed`: still entitled, and free to step back, which it writes
+//! down too), and the incoming side writes its record as declined when it is built, which is what a restart must
+//! find, so that `Taken` is one small overwrite in place.
+//!
 //! So the incoming side always knows, and the outgoing side is in doubt exactly while it has given away and not
 //! heard. Sending the go-ahead again is harmless: it takes, or it hears the answer again. If the other side
 //! cannot be reached the outgoing side stays stopped and says so; `resolve` asks again later. "No record" from
@@ -108,7 +113,8 @@ pub struct Record {
 pub trait Ledger: Send {
     fn id(&self) -> LedgerId;
     fn write(&mut self, record: &Record) -> Result<(), Reason>;
-    fn read(&self, session: SessionId) -> Result<Option<Record>, Reason>;
+    /// A host can be both sides of one crossing: each side has a record of its own.
+    fn read(&self, session: SessionId, side: Side) -> Result<Option<Record>, Reason>;
     /// All records of a machine, in no order.
     fn records(&self, machine: MachineId) -> Result<Vec<Record>, Reason>;
 }
@@ -118,6 +124,8 @@ pub trait Ledger: Send {
 pub enum Giver {
     /// The right to run is here.
     Holding,
+    /// The right to run is here, but the book already says that it may be gone.
+    Armed,
     /// The go-ahead may be out: in doubt.
     GivenAway,
     /// The other side has it, confirmed.
@@ -127,8 +135,12 @@ pub enum Giver {
 /// What the giver can hear or decide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum GiverEvent {
+    /// The switch is about to begin.
+    Arm,
     /// Everything is across and compared: give it away.
     GoAhead,
+    /// It stays here after all.
+    StepBack,
     /// The link is back while in doubt.
     LinkBack,
     /// The other side's word. `same_ledger`: it comes from the ledger that the crossing began with.
@@ -147,7 +159,9 @@ pub enum GiverStep {
 pub fn giver(state: Giver, event: GiverEvent) -> (Giver, &'static [GiverStep]) {
     use GiverStep::{Run, SendGo, Write};
     match (state, event) {
-        (Giver::Holding, GiverEvent::GoAhead) => (Giver::GivenAway, &[Write(Standing::GivenAway), SendGo]),
+        (Giver::Holding, GiverEvent::Arm) => (Giver::Armed, &[Write(Standing::GivenAway)]),
+        (Giver::Armed, GiverEvent::GoAhead) => (Giver::GivenAway, &[SendGo]),
+        (Giver::Armed, GiverEvent::StepBack) => (Giver::Holding, &[Write(Standing::Kept)]),
         (Giver::GivenAway, GiverEvent::LinkBack) => (Giver::GivenAway, &[SendGo]),
         (Giver::GivenAway, GiverEvent::Heard { taken: true, .. }) => (Giver::Gone, &[Write(Standing::Gone)]),
         (
@@ -244,35 +258,43 @@ pub fn taker_after_restart(record: Option<Standing>) -> Taker {
     }
 }
 
-/// Which side a record belongs to and whether it forbids giving the machine away from here.
-fn newest(records: &[Record]) -> Option<&Record> {
-    records.iter().max_by_key(|record| record.epoch)
+/// The last record of a machine that binds: what was declined or kept says nothing about where the machine is.
+fn binding(records: &[Record]) -> Option<&Record> {
+    records
+        .iter()
+        .filter(|record| !matches!(record.standing, Standing::Kept | Standing::Declined))
+        // A machine that crossed within this host is both gone and taken here: it is here.
+        .max_by_key(|record| (record.epoch, record.standing == Standing::Taken))
 }
 
 /// May this side begin a crossing of the machine, and with which epoch?
 pub fn next_epoch(records: &[Record]) -> Result<u64, Reason> {
-    let Some(last) = newest(records) else { return Ok(1) };
-    match (last.side, last.standing) {
-        (Side::Outgoing, Standing::GivenAway) => Err(Reason::new(
+    match binding(records).map(|last| (last.side, last.standing)) {
+        Some((Side::Outgoing, Standing::GivenAway)) => Err(Reason::new(
             Cause::Busy,
             "an earlier crossing of this machine was handed over and never confirmed: settle it with `ferry resolve`",
         )),
-        (Side::Outgoing, Standing::Gone) => Err(Reason::new(
+        Some((Side::Outgoing, Standing::Gone)) => Err(Reason::new(
             Cause::Busy,
             "this machine was handed over to another host, what is here is an old copy",
         )),
-        _ => Ok(last.epoch.saturating_add(1)),
+        _ => Ok(records
+            .iter()
+            .map(|record| record.epoch)
+            .max()
+            .unwrap_or(0)
+            .saturating_add(1)),
     }
 }
 
 /// May this side take a machine that is offered with `epoch`?
 pub fn check_epoch(records: &[Record], epoch: u64) -> Result<(), Reason> {
-    match newest(records) {
+    match binding(records) {
         Some(last) if last.standing == Standing::GivenAway => Err(Reason::new(
             Cause::Busy,
             "this host itself handed the machine over and never heard the answer: settle it with `ferry resolve` first",
         )),
-        Some(last) if last.standing != Standing::Declined && last.epoch >= epoch => Err(Reason::new(
+        Some(last) if last.epoch >= epoch => Err(Reason::new(
             Cause::NotAllowed,
             format!(
                 "the offered copy of the machine is old (hand over {epoch}), this host knows of hand over {}",
@@ -355,21 +377,36 @@ impl Departure {
         self.record.peer = Some(ledger);
     }
 
-    /// Gives the right to run away. When this returns `Ok` the go-ahead may be sent, and only then. On an
-    /// error nothing was given away and the permit comes back.
-    pub fn go_ahead(
-        &mut self,
-        ledger: &mut dyn Ledger,
-        permit: RunPermit,
-    ) -> Result<(), (RunPermit, Reason)> {
-        let (next, steps) = giver(self.state, GiverEvent::GoAhead);
-        match self.write(ledger, steps) {
-            Ok(()) => {
-                self.state = next;
-                Ok(())
-            }
-            Err(reason) => Err((permit, reason)),
+    /// Writes that the machine may be gone, before the switch begins. The permit stays good.
+    pub fn arm(&mut self, ledger: &mut dyn Ledger) -> Result<(), Reason> {
+        self.step(ledger, GiverEvent::Arm)
+    }
+
+    /// The machine stays here after all, and the book says so again.
+    pub fn step_back(&mut self, ledger: &mut dyn Ledger) -> Result<(), Reason> {
+        self.step(ledger, GiverEvent::StepBack)
+    }
+
+    /// Gives the right to run away: when this returns `Ok` the go-ahead may be sent, and only then. A side that is
+    /// not armed gets its permit back.
+    pub fn go_ahead(&mut self, permit: RunPermit) -> Result<(), (RunPermit, Reason)> {
+        let (next, _) = giver(self.state, GiverEvent::GoAhead);
+        if next != Giver::GivenAway || self.state != Giver::Armed {
+            let reason = Reason::new(
+                Cause::Ledger,
+                "the hand over was not written down before the go-ahead",
+            );
+            return Err((permit, reason));
         }
+        self.state = next;
+        Ok(())
+    }
+
+    fn step(&mut self, ledger: &mut dyn Ledger, event: GiverEvent) -> Result<(), Reason> {
+        let (next, steps) = giver(self.state, event);
+        self.write(ledger, steps)?;
+        self.state = next;
+        Ok(())
     }
 
     /// The other side's word.
@@ -408,8 +445,15 @@ pub struct Arrival {
 }
 
 impl Arrival {
-    /// A machine that is being built here.
-    pub fn begin(session: SessionId, machine: MachineId, epoch: u64, peer: LedgerId) -> Self {
+    /// A machine that is being built here. Until it is taken the book says that it is not: that is what a
+    /// restart must find.
+    pub fn begin(
+        ledger: &mut dyn Ledger,
+        session: SessionId,
+        machine: MachineId,
+        epoch: u64,
+        peer: LedgerId,
+    ) -> Result<Self, Reason> {
         let record = Record {
             session,
             machine,
@@ -418,10 +462,11 @@ impl Arrival {
             standing: Standing::Declined,
             peer: Some(peer),
         };
-        Arrival {
+        ledger.write(&record)?;
+        Ok(Arrival {
             state: Taker::Waiting,
             record,
-        }
+        })
     }
 
     pub fn state(&self) -> Taker {
@@ -489,7 +534,7 @@ impl Arrival {
 /// Answers for a session from the ledger alone, when no machine of it is being built here: what was taken was
 /// taken, and everything else is declined, in writing, before the answer.
 pub fn answer_from_ledger(ledger: &mut dyn Ledger, session: SessionId) -> Result<Standing, Reason> {
-    let known = ledger.read(session)?;
+    let known = ledger.read(session, Side::Incoming)?;
     let state = taker_after_restart(known.as_ref().map(|record| record.standing));
     let (next, steps) = taker(state, TakerEvent::Ask);
     for step in steps {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::arrivals::{Desk, Progress};
 use crate::block::Name;
 use crate::clock::Clock;
-use crate::failure::{Cause, Phase, Reason};
+use crate::failure::{Cause, Phase, Reason, Side};
 use crate::handover::{Arrival, Ledger, LedgerId, SessionId, Standing, answer_from_ledger, check_epoch};
 use crate::machine::{IncomingMachine, Loaded as LoadTimes, Offer};
 use crate::pages::decode::Placement;
@@ -325,14 +325,14 @@ impl Incoming {
                 ),
             )));
         };
-        if let Some(record) = room.ledger.read(session).map_err(Failed::closed)? {
-            return Err(Failed::closed(Reason::new(
-                Cause::Busy,
-                format!(
-                    "crossing {session} has already ended here as {:?}",
-                    record.standing
-                ),
-            )));
+        // (One that was declined may begin again: its outgoing side has the machine, or it would not ask.)
+        let known = room
+            .ledger
+            .read(session, Side::Incoming)
+            .map_err(Failed::closed)?;
+        if known.is_some_and(|record| record.standing == Standing::Taken) {
+            let message = format!("the machine of crossing {session} was already taken here");
+            return Err(Failed::closed(Reason::new(Cause::Busy, message)));
         }
         let ledger = room.ledger.id();
         let greeted = Greeted {
@@ -528,6 +528,13 @@ impl Offered {
                 return Err(Failed::closed(reason));
             }
         };
+        let arrival = match Arrival::begin(room.ledger, session, offer.card.machine, epoch, peer) {
+            Ok(arrival) => arrival,
+            Err(reason) => {
+                room.machine.abort();
+                return Err(Failed::closed(reason));
+            }
+        };
         let placement = Arc::new(Placement::new(&sinks));
         let libraries = if version >= VERSION_WITH_NAMES {
             placement.libraries()
@@ -535,7 +542,6 @@ impl Offered {
             Vec::new()
         };
         room.desk.open(session, attempt, lanes, Arc::clone(&placement));
-        let arrival = Arrival::begin(session, offer.card.machine, epoch, peer);
         let copying = Copying {
             session,
             attempt,

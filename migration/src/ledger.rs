@@ -1,14 +1,17 @@
-//! The ledger as files: one small JSON file per crossing, written so that it survives a crash of the host.
+//! The ledger as files: one small file for each side of a crossing, with room for two versions of its record, of
+//! which one is always whole.
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::failure::{Cause, Reason};
+use crate::failure::{Cause, Reason, Side};
 use crate::handover::{Ledger, LedgerId, MachineId, Record, SessionId};
 
-/// A record is some 400 bytes; a longer file is not ours.
-const MAX_RECORD_BYTES: u64 = 64 << 10;
+/// A version of a record, padded: one sector, so that it is written whole or not at all, and in place, because
+/// making a file durable takes several times as long as overwriting it, and the machine stands still meanwhile.
+const SLOT_BYTES: usize = 512;
 
 pub struct FileLedger {
     directory: PathBuf,
@@ -39,8 +42,12 @@ impl FileLedger {
         })
     }
 
-    fn path(&self, session: SessionId) -> PathBuf {
-        self.directory.join(format!("{session}.crossing"))
+    fn path(&self, session: SessionId, side: Side) -> PathBuf {
+        let side = match side {
+            Side::Outgoing => "out",
+            Side::Incoming => "in",
+        };
+        self.directory.join(format!("{session}.{side}.crossing"))
     }
 
     /// Every record, for `ferry resolve` without a name.
@@ -55,15 +62,6 @@ impl FileLedger {
         }
         Ok(records)
     }
-
-    /// Forgets a crossing that is settled on both sides.
-    pub fn forget(&mut self, session: SessionId) -> Result<(), Reason> {
-        let path = self.path(session);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(failed("remove", &path, &e)),
-            _ => Ok(()),
-        }
-    }
 }
 
 impl Ledger for FileLedger {
@@ -72,13 +70,25 @@ impl Ledger for FileLedger {
     }
 
     fn write(&mut self, record: &Record) -> Result<(), Reason> {
-        let text = serde_json::to_vec_pretty(record)
-            .map_err(|e| Reason::new(Cause::Ledger, format!("the ledger record cannot be written: {e}")))?;
-        write_durably(&self.directory, &self.path(record.session), &text)
+        let path = self.path(record.session, record.side);
+        let (newest, count) = match read_slots(&path)? {
+            Some((at, count, _)) => (at, count),
+            None => {
+                let bytes = [slot(record, 1)?, [0; SLOT_BYTES]].concat();
+                return write_durably(&self.directory, &path, &bytes);
+            }
+        };
+        let bytes = slot(record, count.saturating_add(1))?;
+        let overwrite = || -> std::io::Result<()> {
+            let file = File::options().write(true).open(&path)?;
+            file.write_all_at(&bytes, ((1 - newest) * SLOT_BYTES) as u64)?;
+            file.sync_data()
+        };
+        overwrite().map_err(|e| failed("write", &path, &e))
     }
 
-    fn read(&self, session: SessionId) -> Result<Option<Record>, Reason> {
-        load(&self.path(session))
+    fn read(&self, session: SessionId, side: Side) -> Result<Option<Record>, Reason> {
+        load(&self.path(session, side))
     }
 
     fn records(&self, machine: MachineId) -> Result<Vec<Record>, Reason> {
@@ -91,21 +101,51 @@ impl Ledger for FileLedger {
 }
 
 fn load(path: &Path) -> Result<Option<Record>, Reason> {
-    let size = match fs::metadata(path) {
-        Ok(about) => about.len(),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(failed("look at", path, &e)),
-    };
-    if size > MAX_RECORD_BYTES {
-        return Err(Reason::new(
-            Cause::Ledger,
-            format!("{} is too long for a record", path.display()),
-        ));
+    Ok(read_slots(path)?.map(|(_, _, record)| record))
+}
+
+/// One version of a record: checksum, count, length, JSON.
+fn slot(record: &Record, count: u64) -> Result<[u8; SLOT_BYTES], Reason> {
+    let text = serde_json::to_vec(record)
+        .map_err(|e| Reason::new(Cause::Ledger, format!("the ledger record cannot be written: {e}")))?;
+    let mut bytes = [0; SLOT_BYTES];
+    let (checksum, rest) = bytes.split_at_mut(4);
+    let (head, body) = rest.split_at_mut(12);
+    let room = body
+        .get_mut(..text.len())
+        .ok_or_else(|| Reason::new(Cause::Ledger, "the ledger record is too long"))?;
+    room.copy_from_slice(&text);
+    head[..8].copy_from_slice(&count.to_le_bytes());
+    head[8..].copy_from_slice(&(text.len() as u32).to_le_bytes());
+    checksum.copy_from_slice(&crc32c::crc32c(rest).to_le_bytes());
+    Ok(bytes)
+}
+
+fn open_slot(bytes: &[u8]) -> Option<(u64, Record)> {
+    let (checksum, rest) = bytes.split_first_chunk::<4>()?;
+    if crc32c::crc32c(rest).to_le_bytes() != *checksum {
+        return None;
     }
-    let text = fs::read(path).map_err(|e| failed("read", path, &e))?;
-    serde_json::from_slice(&text)
+    let (count, rest) = rest.split_first_chunk::<8>()?;
+    let (length, rest) = rest.split_first_chunk::<4>()?;
+    let text = rest.get(..u32::from_le_bytes(*length) as usize)?;
+    Some((u64::from_le_bytes(*count), serde_json::from_slice(text).ok()?))
+}
+
+/// The newest whole version: which slot, its count, the record. A slot that was being written when the host
+/// crashed is not whole, and the other one counts; a file without any is damage, not absence.
+fn read_slots(path: &Path) -> Result<Option<(usize, u64, Record)>, Reason> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(failed("read", path, &e)),
+    };
+    let whole = bytes.chunks_exact(SLOT_BYTES).take(2).enumerate();
+    whole
+        .filter_map(|(at, slot)| open_slot(slot).map(|(count, record)| (at, count, record)))
+        .max_by_key(|(_, count, _)| *count)
         .map(Some)
-        .map_err(|e| Reason::new(Cause::Ledger, format!("{} is damaged: {e}", path.display())))
+        .ok_or_else(|| Reason::new(Cause::Ledger, format!("{} is damaged", path.display())))
 }
 
 /// Beside, synced, renamed, and the directory synced: after a crash there is the old file or the new one.
@@ -131,7 +171,6 @@ fn failed(verb: &str, path: &Path, error: &std::io::Error) -> Reason {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::failure::Side;
     use crate::handover::{Standing, answer_from_ledger, check_epoch, next_epoch};
 
     fn record(session: u8, epoch: u64, side: Side, standing: Standing) -> Record {
@@ -153,7 +192,10 @@ mod tests {
         ledger.write(&kept).unwrap();
         let again = FileLedger::open(room.path(), LedgerId([2; 16])).unwrap();
         assert_eq!(again.id(), LedgerId([1; 16]));
-        assert_eq!(again.read(kept.session).unwrap(), Some(kept.clone()));
+        assert_eq!(
+            again.read(kept.session, Side::Incoming).unwrap(),
+            Some(kept.clone())
+        );
         assert_eq!(again.records(kept.machine).unwrap(), vec![kept]);
         assert_eq!(again.records(MachineId([0; 16])).unwrap(), vec![]);
     }
@@ -162,9 +204,39 @@ mod tests {
     fn a_damaged_record_is_an_error_and_not_an_absent_one() {
         let room = tempfile::tempdir().unwrap();
         let ledger = FileLedger::open(room.path(), LedgerId([1; 16])).unwrap();
-        fs::write(ledger.path(SessionId([5; 16])), b"{").unwrap();
-        assert_eq!(ledger.read(SessionId([5; 16])).unwrap_err().cause, Cause::Ledger);
+        fs::write(ledger.path(SessionId([5; 16]), Side::Incoming), b"{").unwrap();
+        assert_eq!(
+            ledger.read(SessionId([5; 16]), Side::Incoming).unwrap_err().cause,
+            Cause::Ledger
+        );
         assert!(ledger.records(MachineId([7; 16])).is_err());
+    }
+
+    #[test]
+    fn a_version_that_was_being_written_when_the_host_crashed_is_as_if_it_had_not_been() {
+        let room = tempfile::tempdir().unwrap();
+        let mut ledger = FileLedger::open(room.path(), LedgerId([1; 16])).unwrap();
+        let mut now = record(5, 3, Side::Incoming, Standing::Declined);
+        ledger.write(&now).unwrap();
+        let path = ledger.path(now.session, now.side);
+        for standing in [Standing::Taken, Standing::Declined, Standing::Taken] {
+            let before = (fs::read(&path).unwrap(), now.clone());
+            now.standing = standing;
+            ledger.write(&now).unwrap();
+            let after = fs::read(&path).unwrap();
+            assert_eq!(ledger.read(now.session, now.side).unwrap(), Some(now.clone()));
+            // Any part of the new bytes may have reached the disk.
+            for torn in (0..after.len()).step_by(7) {
+                let mixed = [&after[..torn], &before.0[torn..]].concat();
+                fs::write(&path, &mixed).unwrap();
+                let read = ledger.read(now.session, now.side).unwrap();
+                assert!(
+                    read.as_ref() == Some(&before.1) || read.as_ref() == Some(&now),
+                    "{torn}"
+                );
+            }
+            fs::write(&path, &after).unwrap();
+        }
     }
 
     #[test]
@@ -177,7 +249,7 @@ mod tests {
             Standing::Declined
         );
         assert_eq!(
-            ledger.read(session).unwrap().unwrap().standing,
+            ledger.read(session, Side::Incoming).unwrap().unwrap().standing,
             Standing::Declined
         );
         let taken = record(6, 1, Side::Incoming, Standing::Taken);

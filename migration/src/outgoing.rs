@@ -180,6 +180,17 @@ impl<'a> Crossing<'a> {
                     self.report.downtime.resume += took;
                 }
                 failure.whereabouts = Whereabouts::Here;
+                // It runs again; now there is time for the book.
+                let noted = match self.departure.as_mut() {
+                    Some(departure) => departure.step_back(self.world.ledger),
+                    None => Ok(()),
+                };
+                if let Err(reason) = &noted {
+                    failure.message = format!(
+                        "{}; the ledger still says that the machine may be gone, and `ferry resolve` mends that: {reason}",
+                        failure.message
+                    );
+                }
                 if let Err(reason) = resumed.and(eased) {
                     failure.message = format!(
                         "{}; the machine could not be set going again: {reason}",
@@ -642,6 +653,11 @@ impl<'a> Crossing<'a> {
         if let Some(reason) = cancelled(self.world.handle) {
             return Err(self.fail(Side::Outgoing, reason));
         }
+        // What takes a disk its time is done while the machine still runs.
+        if let Some(departure) = self.departure.as_mut() {
+            let armed = departure.arm(self.world.ledger);
+            self.or_fail(armed)?;
+        }
         self.marked = self.world.clock.now();
         let paused = self.world.machine.pause();
         self.or_fail(paused)?;
@@ -843,7 +859,7 @@ impl<'a> Crossing<'a> {
             ));
         };
         let epoch = departure.epoch();
-        if let Err((permit, reason)) = departure.go_ahead(self.world.ledger, permit) {
+        if let Err((permit, reason)) = departure.go_ahead(permit) {
             self.permit = Some(permit);
             return Err(self.fail(Side::Outgoing, reason));
         }
@@ -855,10 +871,15 @@ impl<'a> Crossing<'a> {
         let mut broke = self.ask_to_run(&go);
         loop {
             broke = match broke {
-                Broke::Word { from, taken, why } => match self.heard(from, taken, why)? {
-                    None => return Ok(()),
-                    Some(doubt) => Broke::here(Reason::new(Cause::Link, doubt)),
-                },
+                Broke::Word { from, taken, why } => {
+                    // It runs there, or provably nowhere: the rest is bookkeeping.
+                    let took = self.mark();
+                    self.report.downtime.resume += took;
+                    match self.heard(from, taken, why)? {
+                        None => return Ok(()),
+                        Some(doubt) => Broke::here(Reason::new(Cause::Link, doubt)),
+                    }
+                }
                 broke if self.world.clock.now() >= until => {
                     let mut failure = self.broke(broke);
                     failure.whereabouts = Whereabouts::Unknown;
@@ -877,7 +898,11 @@ impl<'a> Crossing<'a> {
             return broke;
         }
         // Cancelling has no effect any more.
-        match self.talk.hear(self.world.clock, self.options.patience, &|| None) {
+        match self.talk.hear(
+            self.world.clock,
+            self.options.patience.min(self.options.doubt_for),
+            &|| None,
+        ) {
             Ok(Message::Running { took }) => {
                 self.report.downtime.resume_there = took;
                 match self.peer_ledger {
@@ -933,8 +958,6 @@ impl<'a> Crossing<'a> {
     }
 
     fn finish(&mut self) {
-        let took = self.mark();
-        self.report.downtime.resume = took;
         self.enter(Phase::Finish);
         if let Some(custody) = &self.custody {
             custody.delivered_all();

@@ -54,7 +54,7 @@ impl Pace {
     pub fn batch_bytes(&self, most: usize) -> usize {
         match self.bytes_per_sec {
             None => most,
-            Some(rate) => usize::try_from(rate / 20).unwrap_or(usize::MAX).clamp(4096, most),
+            Some(rate) => usize::try_from(rate / 40).unwrap_or(usize::MAX).clamp(4096, most),
         }
     }
 }

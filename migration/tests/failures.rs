@@ -101,13 +101,13 @@ fn a_ledger_that_cannot_be_written_here_keeps_the_machine_here() {
     let report = stage.cross(&mut stage.loopback(4), &options(1, 2));
     stage.our_ledger.fails.store(false, Ordering::Release);
     let failure = stays_and_crosses_after(&mut stage, &report);
-    assert_eq!((failure.cause, failure.phase), (Cause::Ledger, Phase::HandOver));
+    assert_eq!((failure.cause, failure.phase), (Cause::Ledger, Phase::Pause));
 }
 
 #[test]
 fn a_ledger_that_cannot_be_written_there_leaves_doubt_and_no_runner() {
     let mut stage = Stage::new(7);
-    stage.their_ledger.fails.store(true, Ordering::Release);
+    *stage.built.ledger_breaks.lock().unwrap() = Some(Arc::clone(&stage.their_ledger.fails));
     let mut options = options(1, 2);
     options.doubt_for = Duration::from_secs(3);
     let report = stage.cross(&mut stage.loopback(4), &options);

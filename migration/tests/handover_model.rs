@@ -58,6 +58,8 @@ struct World {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Act {
+    Arm,
+    StepBack,
     GiveAway,
     /// The outgoing side, in doubt, gets a connection and sends the go-ahead again.
     LinkBack,
@@ -94,8 +96,8 @@ struct HandOver {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Broken {
-    /// The outgoing side sends the go-ahead before it wrote that it gave away.
-    SendBeforeWrite,
+    /// The outgoing side sends the go-ahead without having written that it gives away.
+    NeverWritten,
     /// A restarted incoming side answers without writing it down.
     AnswerWithoutWriting,
     /// The outgoing side takes silence for a no.
@@ -107,8 +109,8 @@ impl HandOver {
         let (state, steps) = giver(world.outgoing.state, event);
         world.outgoing.state = state;
         world.outgoing.todo = steps.to_vec();
-        if self.broken == Some(Broken::SendBeforeWrite) {
-            world.outgoing.todo.reverse();
+        if self.broken == Some(Broken::NeverWritten) && event == GiverEvent::Arm {
+            world.outgoing.todo.clear();
         }
         if event == GiverEvent::GoAhead {
             // The permit is consumed before anything else happens.
@@ -130,6 +132,8 @@ impl HandOver {
 
     fn act(&self, world: &mut World, act: &Act) {
         match act {
+            Act::Arm => self.give(world, GiverEvent::Arm),
+            Act::StepBack => self.give(world, GiverEvent::StepBack),
             Act::GiveAway => self.give(world, GiverEvent::GoAhead),
             Act::LinkBack => self.give(world, GiverEvent::LinkBack),
             Act::Resolve => {
@@ -233,7 +237,8 @@ impl HandOver {
         // What is over on both sides and cannot be moved any more is left alone.
         if idle_out {
             match outgoing.state {
-                Giver::Holding if outgoing.runs && outgoing.ledger.is_none() => acts.push(Act::GiveAway),
+                Giver::Holding if outgoing.runs && outgoing.ledger.is_none() => acts.push(Act::Arm),
+                Giver::Armed => acts.extend([Act::GiveAway, Act::StepBack]),
                 Giver::GivenAway if !world.to_incoming.contains(&Mail::Go) => acts.push(Act::LinkBack),
                 _ => {}
             }
@@ -311,6 +316,8 @@ impl HandOver {
                 self.act(&mut world, &Act::DeliverToOutgoing { mail, keep: false });
             } else if world.outgoing.state == Giver::GivenAway {
                 self.act(&mut world, &Act::LinkBack);
+            } else if world.outgoing.state == Giver::Armed {
+                self.act(&mut world, &Act::StepBack);
             } else if world.outgoing.state == Giver::Holding && world.incoming.state == Taker::Waiting {
                 self.act(&mut world, &Act::Patience);
             } else {
@@ -341,7 +348,8 @@ impl Model for HandOver {
                 up: true,
                 runs: false,
                 ran: false,
-                ledger: None,
+                // What is built is written down as declined, until it is taken.
+                ledger: Some(Standing::Declined),
             },
             to_incoming: BTreeSet::new(),
             to_outgoing: BTreeSet::new(),
@@ -389,7 +397,7 @@ impl Model for HandOver {
                     let end = model.heal(world);
                     match end.outgoing.state {
                         // In doubt for ever: never.
-                        Giver::GivenAway => false,
+                        Giver::GivenAway | Giver::Armed => false,
                         Giver::Gone => end.incoming.state == Taker::Taken,
                         // Kept, or never given away; unless a crash lost its memory, it runs here.
                         Giver::Holding => {
@@ -430,7 +438,7 @@ fn every_interleaving_keeps_at_most_one_runner_and_ends_in_one_outcome() {
 #[test]
 fn a_protocol_that_is_broken_on_purpose_is_found_out() {
     for broken in [
-        Broken::SendBeforeWrite,
+        Broken::NeverWritten,
         Broken::AnswerWithoutWriting,
         Broken::SilenceIsNo,
     ] {

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -17,24 +18,32 @@ use ferry_migration::outgoing::{World, cross};
 use ferry_migration::receiver::{ReceiveOptions, Received, receive};
 use ferry_migration::report::Report;
 use ferry_migration::transport::faulty::{Cut, Faulty, When};
-use ferry_migration::transport::{Address, Listener, SocketLink};
+use ferry_migration::transport::{Address, Listener, PipeLink, PipeListener, SocketLink, Tls};
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 
 const STALL: Duration = Duration::from_secs(5);
 
-/// Crosses over a listener at `address`; the link may be wrapped.
 fn cross_over(
     stage: &mut Stage,
     address: &str,
     options: &Options,
     wrap: impl FnOnce(SocketLink) -> Box<dyn Link>,
 ) -> (Report, Received) {
-    let listener = Listener::bind(&address.parse::<Address>().unwrap(), None, STALL).unwrap();
-    let mut link = wrap(SocketLink::new(
-        options.session,
-        listener.address().unwrap(),
-        None,
-        STALL,
-    ));
+    cross_safely(stage, address, options, None, None, wrap)
+}
+
+/// Crosses over a listener at `address`; the link may be wrapped.
+fn cross_safely(
+    stage: &mut Stage,
+    address: &str,
+    options: &Options,
+    server: Option<Tls>,
+    client: Option<Tls>,
+    wrap: impl FnOnce(SocketLink) -> Box<dyn Link>,
+) -> (Report, Received) {
+    let listener = Listener::bind(&address.parse::<Address>().unwrap(), server, STALL).unwrap();
+    let address = listener.address().unwrap();
+    let mut link = wrap(SocketLink::new(options.session, address, client, STALL));
     let (give, arrivals) = crossbeam::channel::unbounded();
     let over = AtomicBool::new(false);
     let (built, witness) = (Arc::clone(&stage.built), Arc::clone(&stage.witness));
@@ -148,4 +157,126 @@ fn a_full_disk_there_is_said_in_words_here_and_the_machine_stays() {
     assert!(!received.taken);
     assert_eq!(received.reason.unwrap().cause, Cause::NoSpace);
     assert!(stage.outgoing.blocks.iter().all(|block| !block.is_tracking()));
+}
+
+/// TLS between hosts that know each other by one authority.
+fn tls(room: &std::path::Path) -> (Tls, Tls) {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = params.self_signed(&key).unwrap().pem();
+    let issuer = Issuer::new(params, key);
+    let host = |name: &str| {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        let dir = room.join(name);
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(
+            dir.join("cert.pem"),
+            params.signed_by(&key, &issuer).unwrap().pem(),
+        )
+        .unwrap();
+        std::fs::write(dir.join("key.pem"), key.serialize_pem()).unwrap();
+        std::fs::write(dir.join("ca.pem"), &ca).unwrap();
+        Tls::from_dir(&dir, Vec::new()).unwrap()
+    };
+    (host("127.0.0.1"), host("alpha.lan"))
+}
+
+#[test]
+fn over_tls_with_a_cut_in_the_middle() {
+    let room = tempfile::tempdir().unwrap();
+    let (server, client) = tls(room.path());
+    let mut stage = Stage::new(21);
+    let cuts = vec![Cut {
+        at: 10,
+        when: When::Middle,
+    }];
+    let (report, received) = cross_safely(
+        &mut stage,
+        "tcp://127.0.0.1:0",
+        &options(1, 3),
+        Some(server),
+        Some(client),
+        |link| Box::new(Faulty::new(link, cuts, true, Arc::new(|| {}))),
+    );
+    assert_eq!(report.outcome.failure, None, "{report:#?}");
+    assert_eq!(report.reconnects, 1);
+    assert!(received.taken, "{received:?}");
+    stage.assert_equal();
+}
+
+#[test]
+fn over_one_pipe_as_ssh_gives_it() {
+    let mut stage = Stage::new(22);
+    let options = options(1, 4);
+    let (near, far) = UnixStream::pair().unwrap();
+    let listener = PipeListener::new(far.try_clone().unwrap(), far, STALL).unwrap();
+    let mut link = PipeLink::new(options.session, near.try_clone().unwrap(), near, STALL).unwrap();
+    let (give, arrivals) = crossbeam::channel::unbounded();
+    let mut machine = FakeIncoming {
+        built: Arc::clone(&stage.built),
+        witness: Arc::clone(&stage.witness),
+    };
+    let mut their_ledger = stage.their_ledger.clone();
+    std::thread::spawn(move || {
+        while let Ok(arrival) = listener.accept() {
+            let _ = give.send(arrival);
+        }
+    });
+    let received = std::thread::spawn(move || {
+        let stop = AtomicBool::new(false);
+        let options = ReceiveOptions::default();
+        receive(
+            &mut machine,
+            &mut their_ledger,
+            &HostClock::new(),
+            &arrivals,
+            &stop,
+            &options,
+        )
+    });
+    let world = World {
+        machine: &mut stage.outgoing,
+        link: &mut link,
+        ledger: &mut stage.our_ledger,
+        clock: &HostClock::new(),
+        observer: &Unobserved,
+        handle: &stage.handle,
+    };
+    let report = cross(world, &options);
+    assert_eq!(report.outcome.failure, None, "{report:#?}");
+    assert_eq!(report.lanes, 1);
+    assert!(received.join().unwrap().taken);
+    stage.assert_equal();
+}
+
+/// Somebody answers and then says nothing.
+#[test]
+fn a_peer_that_stalls_is_noticed_in_time() {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp://{}", silent.local_addr().unwrap()).parse().unwrap();
+    let mut stage = Stage::new(23);
+    let mut options = options(1, 1);
+    (options.stall, options.reconnect_for) = (Duration::from_millis(300), Duration::ZERO);
+    let began = std::time::Instant::now();
+    let world = World {
+        machine: &mut stage.outgoing,
+        link: &mut SocketLink::new(options.session, address, None, options.stall),
+        ledger: &mut stage.our_ledger,
+        clock: &HostClock::new(),
+        observer: &Unobserved,
+        handle: &stage.handle,
+    };
+    let report = cross(world, &options);
+    let failure = report.outcome.failure.unwrap();
+    assert_eq!(failure.cause, Cause::Stalled, "{failure}");
+    assert_eq!(report.outcome.whereabouts, Whereabouts::Here);
+    assert!(stage.witness.runs_here());
+    // The farewell takes its time, too.
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use common::{Dice, FakeBlock, FakeIncoming, FakeSink, MemoryLedger, Stage, StepClock, Witness, options};
 use ferry_migration::arrivals::Desk;
 use ferry_migration::block::{BlockId, BlockInfo, BlockKind, Name, Sink, Span};
-use ferry_migration::failure::{Cause, Phase, Reason};
+use ferry_migration::failure::{Cause, Phase, Reason, Side};
 use ferry_migration::handover::{Ledger, LedgerId, MachineId, SessionId, Standing};
 use ferry_migration::incoming::{Incoming, Room, Terms};
 use ferry_migration::machine::{Loaded, MachineCard, Offer};
@@ -344,7 +344,7 @@ proptest! {
             incoming = next;
             if witness.runs_there() {
                 prop_assert!(loaded, "runs without having been loaded");
-                let known = ledger.read(SessionId([1; 16])).unwrap().unwrap();
+                let known = ledger.read(SessionId([1; 16]), Side::Incoming).unwrap().unwrap();
                 prop_assert_eq!(known.standing, Standing::Taken);
             } else if go {
                 let runs = matches!(reply.message, Some(Message::Running { .. }));

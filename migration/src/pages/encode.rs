@@ -142,7 +142,7 @@ impl Encoder {
             let mut unit = span.first;
             while unit < span.end() {
                 if self.zero.get((unit - span.first) as usize) == Some(&true) {
-                    self.zero(memory, info, unit, &mut counts);
+                    self.zero(memory, info, unit, round, &mut counts);
                     unit += 1;
                     continue;
                 }
@@ -229,7 +229,7 @@ impl Encoder {
         };
         if let Some(pattern) = repeated(content) {
             if pattern == [0; 8] {
-                self.zero(memory, info, unit, counts);
+                self.zero(memory, info, unit, round, counts);
             } else {
                 memory.sent.forget(info.id, unit);
                 memory.cache.forget(info.id, unit);
@@ -278,9 +278,12 @@ impl Encoder {
         self.append(info, unit, Encoding::Raw, &Made::InFrame { at, length });
     }
 
-    fn zero(&mut self, memory: &Memory, info: &BlockInfo, unit: u64, counts: &mut PageCounts) {
-        memory.sent.forget(info.id, unit);
-        memory.cache.forget(info.id, unit);
+    fn zero(&mut self, memory: &Memory, info: &BlockInfo, unit: u64, round: u32, counts: &mut PageCounts) {
+        // In the first round nothing is remembered of any unit.
+        if round > 0 {
+            memory.sent.forget(info.id, unit);
+            memory.cache.forget(info.id, unit);
+        }
         counts.zero += 1;
         counts.plain_bytes += info.span_bytes(Span {
             block: info.id,

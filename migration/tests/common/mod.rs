@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use ferry_migration::block::{BlockId, BlockInfo, BlockKind, DataError, Name, Sink, Source, Span};
 use ferry_migration::clock::Clock;
-use ferry_migration::failure::{Cause, Reason};
+use ferry_migration::failure::{Cause, Reason, Side};
 use ferry_migration::handover::{Ledger, LedgerId, MachineId, Record, RunPermit, SessionId};
 use ferry_migration::incoming::Terms;
 use ferry_migration::machine::{IncomingMachine, MachineCard, Offer, OutgoingMachine, Unobserved};
@@ -360,7 +360,7 @@ impl Witness {
 #[derive(Clone)]
 pub struct MemoryLedger {
     pub id: LedgerId,
-    pub records: Arc<Mutex<BTreeMap<SessionId, Record>>>,
+    pub records: Arc<Mutex<BTreeMap<(SessionId, bool), Record>>>,
     /// A dead process writes nothing.
     pub dead: Arc<Witness>,
     mortal: bool,
@@ -394,12 +394,20 @@ impl Ledger for MemoryLedger {
         self.records
             .lock()
             .unwrap()
-            .insert(record.session, record.clone());
+            .insert((record.session, record.side == Side::Incoming), record.clone());
         Ok(())
     }
 
-    fn read(&self, session: SessionId) -> Result<Option<Record>, Reason> {
-        Ok(self.records.lock().unwrap().get(&session).cloned())
+    fn read(&self, session: SessionId, side: Side) -> Result<Option<Record>, Reason> {
+        if self.fails.load(Ordering::Acquire) {
+            return Err(Reason::new(Cause::Ledger, "the ledger's disk is broken"));
+        }
+        Ok(self
+            .records
+            .lock()
+            .unwrap()
+            .get(&(session, side == Side::Incoming))
+            .cloned())
     }
 
     fn records(&self, machine: MachineId) -> Result<Vec<Record>, Reason> {
@@ -542,6 +550,8 @@ pub struct Built {
     /// Content from an earlier time, for each block.
     pub libraries: Mutex<BTreeMap<u16, Vec<u8>>>,
     pub room: AtomicU64,
+    /// A ledger whose disk breaks while the state is loaded.
+    pub ledger_breaks: Mutex<Option<Arc<AtomicBool>>>,
 }
 
 pub struct FakeIncoming {
@@ -580,6 +590,9 @@ impl IncomingMachine for FakeIncoming {
 
     fn restore(&mut self, state: &[u8]) -> Result<(), Reason> {
         *self.built.state.lock().unwrap() = state.to_vec();
+        if let Some(fails) = &*self.built.ledger_breaks.lock().unwrap() {
+            fails.store(true, Ordering::Release);
+        }
         Ok(())
     }
 

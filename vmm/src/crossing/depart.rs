@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ferry_migration::clock::HostClock;
-use ferry_migration::failure::Reason;
+use ferry_migration::failure::{Reason, Side};
 use ferry_migration::handover::{Ledger as _, MachineId, SessionId, Standing};
 use ferry_migration::link::Link;
 use ferry_migration::machine::Observer;
@@ -86,7 +86,7 @@ impl Crossings {
         };
         let mut ledger = ledger::open(&self.base)?;
         let host = |reason: Reason| MachineError::Host(reason.to_string());
-        if let Some(mut record) = ledger.read(session).map_err(host)? {
+        if let Some(mut record) = ledger.read(session, Side::Outgoing).map_err(host)? {
             record.standing = if here { Standing::Kept } else { Standing::Gone };
             ledger.write(&record).map_err(host)?;
         }
