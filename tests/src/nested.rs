@@ -15,7 +15,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 pub struct Job {
     /// Shell script, run by busybox in `/p` where the files are; results go to `/out`.
     pub script: String,
-    /// Files brought along, as (path here, name in `/p`). The inner kernel and initramfs come by themselves.
+    /// Files brought along, as (path here, name in `/p`). The inner kernel (vmlinux, vmlinuz) and
+    /// initramfs (guest.cpio) come by themselves; guest.img is a disk.
     pub files: Vec<(PathBuf, String)>,
     pub cpus: u32,
     pub memory_mib: u32,
@@ -170,7 +171,11 @@ pub fn start(job: Job) -> Result<Outer> {
     fs::create_dir(&payload)?;
     fs::write(payload.join("job.sh"), &job.script)?;
     let cache = cache().canonicalize()?;
-    for (name, to) in [("guest.cpio", "guest.cpio"), ("kernel/vmlinux", "vmlinux")] {
+    for (name, to) in [
+        ("guest.cpio", "guest.cpio"),
+        ("kernel/vmlinux", "vmlinux"),
+        ("kernel/vmlinuz", "vmlinuz"),
+    ] {
         std::os::unix::fs::symlink(cache.join(name), payload.join(to))?;
     }
     for (path, name) in &job.files {
@@ -210,7 +215,7 @@ pub fn start(job: Job) -> Result<Outer> {
     .arg(&initrd)
     .arg("-append")
     .arg(format!(
-        "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable tsc_early_khz={}",
+        "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check tsc=reliable tsc_early_khz={}",
         host_khz()
     ))
     .arg("-drive")
@@ -237,6 +242,13 @@ pub fn start(job: Job) -> Result<Outer> {
             .arg("-device")
             .arg(format!("virtio-net-pci,netdev=cable,romfile=,mac={}", end.mac));
     }
+    // The guest's disk is attached, not copied into memory; what is written to it is forgotten.
+    qemu.arg("-drive")
+        .arg(format!(
+            "if=none,id=guest,file={},format=raw,snapshot=on",
+            cache.join("guest.img").display()
+        ))
+        .args(["-device", "virtio-blk-pci,drive=guest,serial=guest"]);
     qemu.stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
