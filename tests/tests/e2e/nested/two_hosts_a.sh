@@ -3,7 +3,8 @@ bridge 10.0.0.1
 until_ 60 ping -c 1 -w 2 10.0.0.2
 mkdir /tmp/back
 start vmlinux 2
-nc 10.0.0.9 9000 > /tmp/count &
+# An nc whose input ends closes its half, and the guest's nc ends then.
+sleep 3600 | nc 10.0.0.9 9000 > /tmp/count &
 (while :; do fetch && echo fetched || echo missed; sleep 1; done > /tmp/fetches) &
 fetches=$!
 counted() { [ "$(wc -l < /tmp/count)" -gt "$1" ]; }
