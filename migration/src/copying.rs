@@ -13,6 +13,7 @@ use crate::pages::encode::Memory;
 use crate::policy::{self, Decision, Heat, History, Limits, Order, Policy, Sample, UNLIMITED};
 use crate::report;
 use crate::sets::Sets;
+use crate::units::UnitSet;
 
 /// How many slices the policy may look back.
 const SAMPLES_KEPT: usize = 200;
@@ -33,6 +34,8 @@ pub(crate) struct Copying {
     pub(crate) round: u32,
     /// What the round in progress has carried, over all its slices.
     carried: Carried,
+    /// Units that the present plan leaves for the switch.
+    held_back: u64,
     /// What crossed by name before the first round.
     by_name: Carried,
     round_started: Duration,
@@ -96,6 +99,7 @@ impl Copying {
             history,
             round: 0,
             carried: Carried::default(),
+            held_back: 0,
             by_name: Carried::default(),
             round_started: now,
             survey_time: Duration::ZERO,
@@ -136,6 +140,18 @@ impl Copying {
     /// Plans a round over what is dirty, as the decision says.
     pub(crate) fn plan(&mut self, cargo: &[Cargo], decision: &Decision, clock: &dyn Clock) -> &Sets {
         let mut plan = self.todo.clone();
+        self.held_back = match &self.heat {
+            Some(heat) if decision.hold_back_from != usize::MAX => {
+                let held = |(set, heat): (&UnitSet, &Heat)| {
+                    let units = set.runs().flat_map(|(first, count)| first..first + count);
+                    units
+                        .filter(|unit| heat.group_of(*unit) >= decision.hold_back_from)
+                        .count() as u64
+                };
+                self.todo.as_slice().iter().zip(heat).map(held).sum()
+            }
+            _ => 0,
+        };
         if let Some(heat) = &self.heat
             && (decision.hold_back_from != usize::MAX || decision.order == Order::ColdestFirst)
         {
@@ -330,7 +346,7 @@ impl Copying {
         let owed = Sets::from(custody.owed());
         self.todo.subtract_listed(cargo, &custody.settle(frames));
         let resent = owed.without(&before.without(&self.todo));
-        let again = resent.as_slice().iter().map(crate::units::UnitSet::count).sum();
+        let again = resent.as_slice().iter().map(UnitSet::count).sum();
         self.survey(cargo, clock, &owed)?;
         self.todo.union(&self.noted);
         self.plan = None;
@@ -363,12 +379,20 @@ impl Copying {
             rate_bytes_per_sec: rate(wire_bytes, took),
             dirty_pages: self.noted.units(cargo, BlockKind::Memory),
             dirty_clusters: self.noted.units(cargo, BlockKind::Disk),
-            held_back_units: 0,
+            held_back_units: self.held_back,
             decision: "go on".into(),
             reason: reason.to_owned(),
             predicted_downtime: None,
             throttle_percent: decision.throttle.percent,
         }
+    }
+
+    /// How long the switch would take now, if the link was seen.
+    pub(crate) fn predicted_downtime(&self) -> Option<Duration> {
+        let history = &self.history;
+        let link = history.link_bytes_per_sec.filter(|rate| *rate >= 1.0)?;
+        let rest = history.remaining_bytes as f64 * history.wire_ratio() / link;
+        Some(history.switch_fixed + Duration::try_from_secs_f64(rest).ok()?)
     }
 
     pub(crate) fn frames(&self) -> u64 {
@@ -407,7 +431,7 @@ impl Copying {
     }
 
     /// Units whose names the other side knew.
-    pub(crate) fn known(&mut self, cargo: &[Cargo], at: usize, units: &crate::units::UnitSet) {
+    pub(crate) fn known(&mut self, cargo: &[Cargo], at: usize, units: &UnitSet) {
         let mut sets = Sets::empty(cargo);
         if let (Some(set), Some(cargo)) = (sets.iter_mut().nth(at), cargo.get(at)) {
             set.union(units);

@@ -72,6 +72,8 @@ struct Crossing<'a> {
     departure: Option<Departure>,
     /// The right to run the machine, until the go-ahead consumes it.
     permit: Option<RunPermit>,
+    /// The round kept last was of a policy that plans anew all the time.
+    fresh: bool,
     throttled: u8,
     slowed: Option<u64>,
     /// When the last part of the switch ended.
@@ -134,6 +136,7 @@ impl<'a> Crossing<'a> {
             stage: Stage::Copying,
             departure: None,
             permit: None,
+            fresh: false,
             throttled: 0,
             slowed: None,
             marked: start,
@@ -323,6 +326,7 @@ impl<'a> Crossing<'a> {
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const SHOW_EVERY: Duration = Duration::from_millis(200);
+const REPORT_ROUND: Duration = Duration::from_secs(1);
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 const FAREWELL: Duration = Duration::from_secs(2);
 const NAMES_AT_ONCE: u64 = 1024;

@@ -86,6 +86,41 @@ pub struct Round {
     pub throttle_percent: u8,
 }
 
+impl Round {
+    /// Makes the next round a part of this one.
+    pub(crate) fn absorb(&mut self, next: &Round) {
+        let Round {
+            round: _,
+            start: _,
+            took,
+            survey,
+            memory,
+            disk,
+            wire_bytes,
+            bandwidth_bytes_per_sec,
+            rate_bytes_per_sec: _,
+            dirty_pages,
+            dirty_clusters,
+            held_back_units,
+            decision,
+            reason,
+            predicted_downtime,
+            throttle_percent,
+        } = next.clone();
+        self.took += took;
+        self.survey += survey;
+        self.memory.add(&memory);
+        self.disk.add(&disk);
+        self.wire_bytes += wire_bytes;
+        self.rate_bytes_per_sec = crate::copying::rate(self.wire_bytes, self.took);
+        (self.dirty_pages, self.dirty_clusters) = (dirty_pages, dirty_clusters);
+        (self.held_back_units, self.throttle_percent) = (held_back_units, throttle_percent);
+        (self.decision, self.reason) = (decision, reason);
+        (self.bandwidth_bytes_per_sec, self.predicted_downtime) =
+            (bandwidth_bytes_per_sec, predicted_downtime);
+    }
+}
+
 /// The switch, cut into consecutive parts that are measured one behind the other on the outgoing side's clock:
 /// they add up to the total because each begins where the one before ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,12 +8,12 @@ use crate::copying::{Copying, Means, Tick};
 use crate::custody::Custody;
 use crate::failure::{Cause, Failure, Phase, Reason, Side};
 use crate::policy::{self, Action, Decision, UNLIMITED};
-use crate::report::Event;
+use crate::report::{Event, Round};
 use crate::talk::Broke;
 use crate::units::UnitSet;
 use crate::wire::{Message, VERSION_WITH_NAMES};
 
-use super::{Crossing, LOOK_EVERY, NAMES_AT_ONCE, SHOW_EVERY, cancelled, carry_broke, lock};
+use super::{Crossing, LOOK_EVERY, NAMES_AT_ONCE, REPORT_ROUND, SHOW_EVERY, cancelled, carry_broke, lock};
 
 impl Crossing<'_> {
     pub(super) fn copy_live(&mut self) -> Result<(), Failure> {
@@ -210,11 +210,22 @@ impl Crossing<'_> {
             .last()
             .map_or(done.took, |round| round.time);
         done.rate_bytes_per_sec = crate::copying::rate(done.wire_bytes, done.took);
+        done.predicted_downtime = copying.predicted_downtime();
         self.world
             .observer
             .event(&Event::RoundDone(Box::new(done.clone())));
-        self.report.rounds.push(done);
+        self.keep_round(done, decision.fresh);
         Ok(())
+    }
+
+    /// A policy that plans anew several times a second makes many small rounds: for the report they are one for
+    /// each second.
+    fn keep_round(&mut self, done: Round, fresh: bool) {
+        let was_fresh = std::mem::replace(&mut self.fresh, fresh);
+        match self.report.rounds.last_mut() {
+            Some(last) if fresh && was_fresh && last.took + done.took < REPORT_ROUND => last.absorb(&done),
+            _ => self.report.rounds.push(done),
+        }
     }
 
     pub(super) fn hear_round_held(&mut self, round: u32) -> Result<(), Broke> {
