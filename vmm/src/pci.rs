@@ -36,15 +36,6 @@ pub(crate) struct Pci {
     pub(crate) ports: Arc<ConfigPorts>,
     pub(crate) nets: Vec<NetHandle>,
     pub(crate) balloon: Option<Arc<BalloonControl>>,
-    memory_bus: Arc<Bus>,
-}
-
-impl Drop for Pci {
-    /// The bus holds the door to configuration space, which holds the root, which holds the bus: without this nothing
-    /// of a machine would ever go, and its disks would stay locked.
-    fn drop(&mut self) {
-        self.memory_bus.remove(layout::ECAM.start);
-    }
 }
 
 /// Guests' notifications become events in the kernel.
@@ -99,7 +90,7 @@ impl Pci {
             .iter()
             .map(|(start, bytes)| *start..*start + *bytes)
             .collect();
-        let root = Arc::new(PciRoot::new(memory_bus.clone(), ram, layout::PCI_WINDOW));
+        let root = Arc::new(PciRoot::new(memory_bus, ram, layout::PCI_WINDOW));
         let config_ports = Arc::new(ConfigPorts::new(root.clone(), events.clone()));
         placed(ports.insert(access::PORTS, config_ports.clone()))?;
         placed(memory_bus.insert(layout::ECAM, Arc::new(Ecam::new(root.clone()))))?;
@@ -113,7 +104,6 @@ impl Pci {
             ports: config_ports,
             nets,
             balloon,
-            memory_bus: memory_bus.clone(),
         };
         let binder: Arc<dyn NotifyBinder> = Arc::new(Notifications { vm: (*vm).clone() });
         for (slot, device) in (1..).zip(devices) {

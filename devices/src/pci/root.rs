@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::bridge::HostBridge;
 use crate::bus::{Bus, BusDevice};
@@ -36,7 +36,9 @@ pub trait PciFunction: BusDevice + Stateful {
 
 /// The bus and its functions.
 pub struct PciRoot {
-    memory: Arc<Bus>,
+    /// Weak: the bus holds the ways to reach this root, and a circle would keep every device alive for ever, with its
+    /// threads, TAPs and locks.
+    memory: Weak<Bus>,
     /// Where no BAR may answer.
     ram: Vec<Range<u64>>,
     /// Where BARs are placed before the guest moves them.
@@ -58,7 +60,7 @@ struct Slot {
 
 impl PciRoot {
     /// `window` is the part of the address space below 4 GiB that the firmware tables call PCI's.
-    pub fn new(memory: Arc<Bus>, ram: Vec<Range<u64>>, window: Range<u64>) -> Self {
+    pub fn new(memory: &Arc<Bus>, ram: Vec<Range<u64>>, window: Range<u64>) -> Self {
         let bridge = Slot {
             function: Arc::new(HostBridge::new()),
             mapped: None,
@@ -68,7 +70,7 @@ impl PciRoot {
             next_bar: window.start,
         };
         Self {
-            memory,
+            memory: Arc::downgrade(memory),
             ram,
             window,
             inner: Mutex::new(inner),
@@ -161,7 +163,10 @@ impl PciRoot {
                 .warn(|| format!("the guest put a device onto memory at {:#x}", wanted.start));
             return;
         }
-        match self.memory.insert(wanted.clone(), function.clone()) {
+        let Some(memory) = self.memory.upgrade() else {
+            return;
+        };
+        match memory.insert(wanted.clone(), function.clone()) {
             Ok(()) => {
                 function.bar_mapped(Some(wanted.start));
                 *mapped = Some(wanted);
@@ -175,7 +180,9 @@ impl PciRoot {
     fn unmap(&self, function: &Arc<dyn PciFunction>, mapped: &mut Option<Range<u64>>) {
         if let Some(range) = mapped.take() {
             function.bar_mapped(None);
-            self.memory.remove(range.start);
+            if let Some(memory) = self.memory.upgrade() {
+                memory.remove(range.start);
+            }
         }
     }
 

@@ -183,7 +183,7 @@ fn notifications_are_bound_where_the_bar_is_and_nowhere_else() {
     let memory = Memory::new();
     let bound = Arc::new(Bound::default());
     let bus = Arc::new(crate::bus::Bus::new("memory"));
-    let root = PciRoot::new(bus, Vec::new(), 0xc000_0000..0xe000_0000);
+    let root = PciRoot::new(&bus, Vec::new(), 0xc000_0000..0xe000_0000);
     let console = Console::new("console0", Box::new(std::io::sink())).unwrap();
     let messages = Arc::new(Messages::default());
     let function = VirtioPci::new(1, Box::new(console), memory.ram.clone(), messages, bound.clone()).unwrap();
@@ -203,7 +203,7 @@ fn notifications_are_bound_where_the_bar_is_and_nowhere_else() {
     root.write_config(place(0x10), &0u32.to_le_bytes());
     assert_eq!(now(), [0u64; 0]);
     root.write_config(place(0x10), &0xc100_0000u32.to_le_bytes());
-    drop(root);
+    drop((root, bus));
     assert_eq!(now(), [0u64; 0]);
 }
 

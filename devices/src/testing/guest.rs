@@ -158,7 +158,7 @@ impl Guest {
     pub(crate) fn new(memory: Arc<Memory>, device: Box<dyn VirtioDevice>) -> Self {
         let bus = Arc::new(Bus::new("memory"));
         let ram = vec![0..LOW as u64, HIGH_START..HIGH_START + HIGH as u64];
-        let root = Arc::new(PciRoot::new(bus.clone(), ram, 0xc000_0000..ECAM));
+        let root = Arc::new(PciRoot::new(&bus, ram, 0xc000_0000..ECAM));
         bus.insert(
             ECAM..ECAM + crate::pci::access::ECAM_LEN,
             Arc::new(Ecam::new(root.clone())),

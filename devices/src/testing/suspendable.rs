@@ -152,7 +152,9 @@ fn cross<B: Bench>(bench: &mut B, old: Guest, died: &AtomicBool) -> (Guest, Arc<
     );
     assert!(!died.load(Ordering::SeqCst), "the device's thread died");
     let memory = old.memory.clone();
+    let device = Arc::downgrade(&old.function);
     drop(old);
+    assert!(device.upgrade().is_none(), "the device outlives its machine");
     let (new, died) = guest(bench, &memory);
     let mut reader = RecordReader::new(records::decode(&bytes).unwrap());
     new.root.restore(&mut reader).unwrap();

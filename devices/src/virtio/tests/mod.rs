@@ -3,6 +3,7 @@
 mod balloon;
 mod block;
 mod console;
+mod net;
 mod rng;
 
 crate::testing::suspendable::suspendable_virtio_tests! {
@@ -10,5 +11,5 @@ crate::testing::suspendable::suspendable_virtio_tests! {
     Console => console_tests: crate::virtio::tests::console::ConsoleBench,
     Block => block_tests: crate::virtio::tests::block::BlockBench,
     Balloon => balloon_tests: crate::virtio::tests::balloon::BalloonBench,
-    ; not_here_yet: Net
+    Net => net_tests: crate::virtio::tests::net::NetBench,
 }
