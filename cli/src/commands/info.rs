@@ -59,6 +59,14 @@ pub fn run(args: &InfoArgs, globals: &Globals) -> Result<()> {
             .filter_map(|(key, name)| name.as_ref().map(|name| format!("{key} {name}")));
         ("network", named.collect::<Vec<_>>().join(", "))
     }));
+    let exits: Vec<String> = info.machine.exits.iter().map(u64::to_string).collect();
+    rows.push(("exits of each CPU", exits.join(" ")));
+    rows.extend(
+        info.machine
+            .without
+            .iter()
+            .map(|lack| ("KVM here has", lack.clone())),
+    );
     rows.push(("control socket", entry.control_socket().display().to_string()));
     rows.push(("log", entry.log().display().to_string()));
     let rows: Vec<Vec<String>> = rows

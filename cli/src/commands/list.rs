@@ -8,12 +8,15 @@ use ferry_vmm::control::client::{Client, ClientError};
 use ferry_vmm::rundir::Entry;
 use serde_json::json;
 
+use super::gone;
 use crate::cli::Globals;
 use crate::output;
 use crate::say;
 
 /// One machine that hangs must not hide the others.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// A process that ends has closed its socket and takes down the rest.
+const LAST_BREATH: Duration = Duration::from_secs(1);
 
 /// List the machines that run
 #[derive(Debug, clap::Args)]
@@ -30,19 +33,22 @@ pub struct ListArgs {
 }
 
 pub fn run(args: &ListArgs, globals: &Globals) -> Result<()> {
-    let entries = globals.base()?.entries()?;
-    let shown: Vec<(Entry, Result<MachineInfo, String>)> = entries
-        .into_iter()
-        .filter(|entry| args.all || entry.pid.is_some())
-        .map(|entry| {
-            let info = if entry.pid.is_some() {
-                ask(&entry)
-            } else {
-                Err(format!("dead: {}", entry.end()))
-            };
-            (entry, info)
-        })
-        .collect();
+    let base = globals.base()?;
+    let mut shown = Vec::new();
+    for entry in base.entries()? {
+        if entry.pid.is_none() {
+            if args.all {
+                shown.push((entry.clone(), Err(format!("dead: {}", entry.end()))));
+            }
+            continue;
+        }
+        let info = ask(&entry);
+        // A machine that was just ending is no machine that does not answer.
+        let gone = info.is_err() && gone::wait(&base, &entry.name, LAST_BREATH)?;
+        if !gone {
+            shown.push((entry, info));
+        }
+    }
     if args.json {
         let list = shown.iter().map(|(entry, info)| match info {
             Ok(info) => json!(info),

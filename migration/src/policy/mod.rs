@@ -142,8 +142,9 @@ pub enum DeadlineAction {
     GoOn,
 }
 
-/// What the user allows and wants.
+/// What the user allows and wants. What is left away takes its default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Limits {
     pub policy: Policy,
     /// The capacity of the link as the user states it; `None`: as measured.

@@ -16,6 +16,7 @@ pub struct CrossingRequest {
     /// A folder as `ferry keys` makes it; only for tcp.
     #[serde(default)]
     pub tls: Option<PathBuf>,
+    #[serde(default)]
     pub limits: Limits,
     #[serde(default = "two")]
     pub lanes: u16,
@@ -51,4 +52,25 @@ fn reconnect() -> Duration {
 pub enum CrossingLine {
     Event(Event),
     Report(Box<Report>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_destination_is_enough_and_a_misspelt_wish_is_refused() {
+        let read = serde_json::from_str::<CrossingRequest>;
+        let request = read(r#"{"destination":"tcp://b:7070"}"#).unwrap();
+        assert_eq!((request.limits, request.lanes), (Limits::default(), 2));
+        let wish =
+            read(r#"{"destination":"tcp://b:7070","limits":{"downtime":{"secs":1,"nanos":0}}}"#).unwrap();
+        assert_eq!(wish.limits.downtime, Duration::from_secs(1));
+        for misspelt in [
+            r#"{"destination":"x","verfy":true}"#,
+            r#"{"destination":"x","limits":{"downtme":1}}"#,
+        ] {
+            assert!(read(misspelt).is_err(), "{misspelt}");
+        }
+    }
 }
