@@ -334,6 +334,13 @@ impl Incoming {
             return Err(Failed::closed(Reason::new(Cause::Busy, message)));
         }
         let ledger = room.ledger.id();
+        if peer == ledger {
+            // One ledger cannot hold both sides of a hand over: each would overwrite what the other wrote.
+            return Err(Failed::closed(Reason::new(
+                Cause::NotAllowed,
+                "the receiver is on the same host, with the same runtime directory, as the machine",
+            )));
+        }
         let greeted = Greeted {
             session,
             attempt,

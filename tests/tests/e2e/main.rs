@@ -11,6 +11,8 @@ mod boot;
 mod command;
 mod console;
 mod control;
+mod crossing;
+mod crossing_cut;
 mod detach;
 mod ends;
 mod house;
