@@ -99,6 +99,7 @@ impl Guest {
         }
     }
 
+    #[allow(dead_code)] // only the pulses count them
     /// Heartbeats seen so far, after the first.
     pub(crate) fn beats(&self) -> u64 {
         self.seen

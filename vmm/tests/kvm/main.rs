@@ -9,5 +9,4 @@ mod harness;
 mod input;
 mod memory;
 mod net;
-mod pulses;
 mod vcpu_state;

@@ -1,11 +1,18 @@
 //! Save, rebuild and restore in place, again and again, while the guest works and keeps evidence.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ferry_vmm::lifecycle::State;
 use ferry_vmm::machine::{Machine, Wiring};
 
 use crate::harness::{Guest, config, number, skip};
+
+/// One test at a time.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn pulses() -> u32 {
     std::env::var("FERRY_PULSES")
@@ -20,6 +27,7 @@ fn open_files() -> usize {
 
 #[test]
 fn many_pulses_leave_the_guest_and_its_evidence_whole() {
+    let _turn = turn();
     if skip() {
         return;
     }
@@ -67,6 +75,7 @@ fn many_pulses_leave_the_guest_and_its_evidence_whole() {
 
 #[test]
 fn a_saved_machine_goes_on_in_another_one_with_its_memory_copied() {
+    let _turn = turn();
     use vm_memory::{Bytes, GuestAddress};
     if skip() {
         return;
@@ -103,6 +112,7 @@ fn a_saved_machine_goes_on_in_another_one_with_its_memory_copied() {
 
 #[test]
 fn a_machine_refuses_what_its_state_does_not_allow() {
+    let _turn = turn();
     if skip() {
         return;
     }
@@ -159,6 +169,7 @@ fn a_machine_refuses_what_its_state_does_not_allow() {
 
 #[test]
 fn a_pulse_keeps_the_clock_right_and_the_disk_whole() {
+    let _turn = turn();
     if skip() {
         return;
     }
