@@ -1,7 +1,11 @@
 //! The command line: ferry run, list, info, migrate and the rest. One file per command in `commands`; `cli` lists them.
 
 // Doc comments of arguments are help texts; their brackets are syntax of commands, not links.
-#![allow(rustdoc::broken_intra_doc_links, rustdoc::bare_urls, rustdoc::invalid_html_tags)]
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    rustdoc::bare_urls,
+    rustdoc::invalid_html_tags
+)]
 
 pub mod cli;
 pub mod commands;

@@ -13,6 +13,8 @@ use super::gone;
 use crate::cli::Globals;
 use crate::say;
 
+/// How long the process may take to hear that it is to end, before it is ended from outside.
+const POLITENESS: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// End a machine at once
@@ -35,7 +37,7 @@ pub fn run(args: &KillArgs, globals: &Globals) -> Result<()> {
         }
         other => other?,
     };
-    match Client::of(&entry)?.want(Want::Killed) {
+    match Client::of(&entry)?.want_within(Want::Killed, POLITENESS) {
         Ok(_) => {}
         Err(ClientError::Refused(sentence)) => bail!("{name} still runs: {sentence}"),
         // It does not answer, or it ended before its answer was read.

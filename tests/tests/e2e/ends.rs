@@ -51,6 +51,34 @@ fn the_last_words_of_a_guest_are_never_lost() {
 }
 
 #[test]
+fn a_reader_that_is_late_still_gets_the_last_words() {
+    if skip_without_kvm() {
+        return;
+    }
+    let host = Host::new();
+    let mut command = host.command(["run", "e", "--cmdline", "run=1s heartbeat=1ms"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    // So small that most of the output still waits in ferry when the guest is at its end.
+    rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();
+    let mut child = command.stdout(writer).spawn().unwrap();
+    drop(command);
+    host.wait_until("it runs", || {
+        host.entry("e").is_some_and(|entry| entry.serial_log().exists())
+    });
+    let log = host.entry("e").unwrap().serial_log();
+    host.wait_until("the guest says goodbye", || {
+        std::fs::read_to_string(&log).is_ok_and(|text| text.contains(r#""t":"bye""#))
+    });
+    let text = std::io::read_to_string(reader).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert!(text.len() > 8192, "{text}");
+    assert!(
+        text.starts_with(r#"{"t":"hello""#) && text.trim_end().ends_with(r#""how":"poweroff"}"#),
+        "{text}"
+    );
+}
+
+#[test]
 fn a_failed_machine_leaves_its_logs_until_it_is_removed_or_its_name_is_used_again() {
     if skip_without_kvm() {
         return;

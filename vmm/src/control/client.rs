@@ -66,11 +66,15 @@ impl Client {
     }
 
     pub fn want(&self, want: Want) -> Result<MachineInfo, ClientError> {
+        self.want_within(want, PATIENCE)
+    }
+
+    pub fn want_within(&self, want: Want, patience: Duration) -> Result<MachineInfo, ClientError> {
         self.call(
             Method::PUT,
             api::MACHINE_STATE,
             &WantState { want },
-            Some(PATIENCE),
+            Some(patience),
         )
     }
 
