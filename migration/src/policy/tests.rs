@@ -427,6 +427,10 @@ fn a_contract_that_cannot_hold_is_throttled_for_and_then_given_up() {
     limits.downtime_is_contract = true;
     limits.most_throttle_percent = 60;
     let mut history = slices(&[(1 << 22, 200_000_000); 200]);
+    history
+        .samples
+        .iter_mut()
+        .for_each(|s| s.dirtied_bytes = 20_000_000);
     history.groups = vec![Group {
         bytes: 400_000_000,
         dirty_bytes: 200_000_000,
