@@ -5,7 +5,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use ferry_migration::receiver::ReceiveOptions;
@@ -213,7 +213,9 @@ fn one_by_stdio(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode> {
 
 /// One process after the other waits for a machine; all listen at the same socket, which is handed on.
 fn many(listener: &Listener) -> Result<ExitCode> {
+    let mut early = 0;
     loop {
+        let began = Instant::now();
         let socket: OwnedFd = listener
             .as_fd()
             .try_clone_to_owned()
@@ -233,8 +235,18 @@ fn many(listener: &Listener) -> Result<ExitCode> {
         }
         match word.trim_end() {
             "" => {
+                // A crossing that failed there is no reason to stop; a receiver that cannot even wait is.
                 let status = child.wait().context("could not wait for the machine's process")?;
-                tracing::debug!("the receiving process ended with {status}");
+                early = if began.elapsed() < Duration::from_secs(1) {
+                    early + 1
+                } else {
+                    0
+                };
+                if early >= 3 {
+                    return Err(anyhow!(
+                        "no machine can be received: the receiving process ends at once ({status})"
+                    ));
+                }
                 std::thread::sleep(Duration::from_millis(100));
             }
             name => {
@@ -253,7 +265,9 @@ fn many(listener: &Listener) -> Result<ExitCode> {
 }
 
 fn one_for_the_parent(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode> {
-    run_detached::leave_session()?;
+    // The terminal that the receiver began in ends nothing of this machine. The working folder stays: the user's paths
+    // are relative to it.
+    rustix::process::setsid().context("could not leave the terminal")?;
     let socket = std::io::stdin()
         .as_fd()
         .try_clone_to_owned()
