@@ -241,7 +241,12 @@ impl Copying {
         self.history.round.dirty_bytes = self.noted.bytes(means.cargo);
         if !paced && carried.wire_bytes() > 0 && !time.is_zero() {
             let busy = Duration::from_nanos(meters.sending.into_inner()) / means.carrier.busy_at_once();
-            let rate = carried.wire_bytes() as f64 / time.as_secs_f64();
+            // Where the service goes first, what it used is the link's, too.
+            let service = match self.history.service {
+                Some(service) if decision.yield_to_service => service.bytes_per_sec,
+                _ => 0.0,
+            };
+            let rate = carried.wire_bytes() as f64 / time.as_secs_f64() + service;
             self.history.link_bytes_per_sec = match self.history.link_bytes_per_sec {
                 // The link was what took the time: this is what it carries.
                 Some(known) if busy > time / 2 => Some(known + (rate - known) / 4.0),
@@ -273,7 +278,7 @@ impl Copying {
         Ok(done)
     }
 
-    /// Looks which units are noted now; returns how many bytes became dirty since the last look. `taken` was
+    /// Looks which units are noted now; returns how many clean bytes became dirty since the last look. `taken` was
     /// taken in between.
     pub(crate) fn survey(
         &mut self,
@@ -289,7 +294,8 @@ impl Copying {
         }
         let new = noted.without(&known);
         self.noted = noted;
-        let dirtied = new.bytes(cargo);
+        // A unit that was still to be sent was dirty already, whenever it was written.
+        let dirtied = new.without(&self.todo.without(taken)).bytes(cargo);
         if let Some(last) = self.history.samples.last()
             && !last.time.is_zero()
         {

@@ -13,6 +13,7 @@ mod codec;
 mod copying;
 pub mod cost;
 pub mod custody;
+pub mod estimate;
 pub mod failure;
 pub mod handover;
 pub mod incoming;

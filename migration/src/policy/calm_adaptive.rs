@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::calm_fixed::RESIDUE_SECS;
+use super::reason::GAINS_NOTHING_SECS;
 use super::{Decision, History, Limits, Reason};
 
 const PAGE: f64 = 4096.0;
@@ -43,7 +44,7 @@ pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
         }
         found => {
             let reason = Reason::StepCostsMore {
-                step_cost_secs: found.map_or(f64::INFINITY, |f| f.1 * PAGE),
+                step_cost_secs: found.map_or(GAINS_NOTHING_SECS, |f| (f.1 * PAGE).min(GAINS_NOTHING_SECS)),
                 stop_cost_secs: stop_cost * PAGE,
             };
             (Decision::switch(), reason)

@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use super::reason::GAINS_NOTHING_SECS;
 use super::{Decision, History, Limits, Order, Reason, ServiceUse, Throttle, UNLIMITED};
 
 const SLICE: Duration = Duration::from_millis(100);
@@ -64,13 +65,20 @@ pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
     let after = (known.remaining - choice.bandwidth * slice).max(0.0) + known.dirty * slice;
     let saved = (known.remaining - after) * (known.down + known.time_price) / link;
     let spent = (choice.late + known.time_price) * slice;
-    let step_cost = spent / (known.remaining - after).max(1e-9) * PAGE;
+    let step_cost = match known.remaining - after {
+        gain if gain > 0.0 => (spent / gain * PAGE).min(GAINS_NOTHING_SECS),
+        _ => GAINS_NOTHING_SECS,
+    };
     let stop_cost = (known.down + known.time_price) / link * PAGE;
-    if known.remaining > 0.0 && saved > spent * MARGIN {
+    // What the last seconds brought tells more than a difference of two rates that are nearly equal.
+    let (since, gained) = super::stall::progress(history);
+    let brought = gained * ratio * (known.down + known.time_price) / link;
+    let idles = since >= LOOK && brought < (choice.late + known.time_price) * since.as_secs_f64() / 2.0;
+    if known.remaining > 0.0 && saved > spent * MARGIN && !idles {
         let (choice, hurry) = hurry(&known, choice, history, limits);
         if hurry.is_none()
             && dear(&known, choice, history, limits)
-            && let Some(wait) = wait(&known, choice, history, limits)
+            && let Some(wait) = wait(&known, choice, history, limits, false)
         {
             return wait;
         }
@@ -96,10 +104,21 @@ pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
         };
         return (decision, reason);
     }
+    if super::stall::link_is_silent(history) {
+        return (
+            copy(&known, choice, SLICE.as_secs_f64(), history),
+            Reason::LinkSilent,
+        );
+    }
     if limits.downtime_is_contract && known.remaining > 0.0 && downtime > limit {
         return keep_the_contract(&known, history, limits, downtime, limit);
     }
-    if let Some(wait) = wait(&known, choice, history, limits) {
+    let steady = idles && saved > spent * MARGIN;
+    let kept = limits.downtime_is_contract && downtime <= limit;
+    if !kept
+        && known.remaining > 0.0
+        && let Some(wait) = wait(&known, choice, history, limits, steady)
+    {
         return wait;
     }
     let reason = if known.remaining <= 0.0 {
@@ -137,17 +156,25 @@ fn copy(known: &Known, choice: Choice, slice: f64, history: &History) -> Decisio
     decision
 }
 
+/// What would be written now if it were one of the quieter moments of those seen.
+fn quiet_writing(known: &Known, history: &History) -> f64 {
+    let mut rates: Vec<f64> = super::stall::stretches(history)
+        .iter()
+        .map(|s| s.rate())
+        .collect();
+    rates.sort_by(f64::total_cmp);
+    let clean = history.total_bytes.saturating_sub(history.remaining_bytes) as f64;
+    rates
+        .get(rates.len() / 4)
+        .map_or(known.dirty, |rate| rate * clean)
+}
+
 /// Copying hurts the service now, and by what was seen lately it will hurt it much less soon.
 fn dear(known: &Known, choice: Choice, history: &History, limits: &Limits) -> bool {
     if choice.late <= known.time_price {
         return false;
     }
-    let mut rates = super::stall::write_rates(history);
-    rates.sort_by(f64::total_cmp);
-    let clean = history.total_bytes.saturating_sub(history.remaining_bytes) as f64;
-    let quiet = rates
-        .get(rates.len() / 4)
-        .map_or(known.dirty, |rate| rate * clean);
+    let quiet = quiet_writing(known, history);
     let busiest = limits.cost.offered_bytes_per_sec().unwrap_or(0.0);
     let least_use = history
         .samples
@@ -294,7 +321,13 @@ fn keep_the_contract(
             return (decision, reason);
         }
     }
-    if stalled >= GIVE_UP {
+    // Where the writing goes up and down, a lull may still keep the contract.
+    let enough = if super::stall::conditions_change(history) {
+        4 * GIVE_UP
+    } else {
+        GIVE_UP
+    };
+    if stalled >= enough {
         let reason = Reason::ContractUnreachable {
             dirty_bytes_per_sec: known.dirty,
             bandwidth_bytes_per_sec: known.link,
@@ -344,13 +377,20 @@ fn slow_writes(history: &History, copied_per_sec: f64) -> Option<u64> {
         .then_some((copied_per_sec / 2.0).max(1.0) as u64)
 }
 
-/// Conditions change over time, and a better moment may come. Waiting for it, at a bandwidth that hardly hurts,
+/// Conditions change over time, and a better moment may come: where things go up and down and nothing is gained
+/// (`steady`), the next low; else a quieter time. Waiting for it, at a bandwidth that hardly hurts,
 /// may cost a part of what the switch would cost now.
-fn wait(known: &Known, choice: Choice, history: &History, limits: &Limits) -> Option<(Decision, Reason)> {
+fn wait(
+    known: &Known,
+    choice: Choice,
+    history: &History,
+    limits: &Limits,
+    steady: bool,
+) -> Option<(Decision, Reason)> {
     if !super::stall::conditions_change(history) {
         return None;
     }
-    let choice = if choice.late <= known.time_price {
+    let choice = if steady || choice.late <= known.time_price {
         choice
     } else {
         gentle(known, limits)
@@ -367,8 +407,9 @@ fn wait(known: &Known, choice: Choice, history: &History, limits: &Limits) -> Op
         .nth(10)
         .map_or(u64::MAX, |s| s.remaining_bytes);
     let falls = history.remaining_bytes < before - before / 100;
-    let at_a_low =
-        history.remaining_bytes <= least_bytes + least_bytes / 20 && !falls && known.dirty < known.link;
+    let quiet = known.dirty <= 1.5 * quiet_writing(known, history) && known.dirty < known.link;
+    let low = history.remaining_bytes <= least_bytes + least_bytes / 20;
+    let at_a_low = low && (steady || (!falls && quiet));
     let sound = per_sec > 0.0 && patience.is_finite();
     if !sound || waited >= patience || patience < SLICE.as_secs_f64() || at_a_low {
         return None;

@@ -61,7 +61,7 @@ pub struct Sample {
     pub time: Duration,
     pub copied_bytes: u64,
     pub wire_bytes: u64,
-    /// Newly written in it: bytes that were clean (or newly surveyed) before.
+    /// What was clean (sent, or taken to be sent) and was written in it.
     pub dirtied_bytes: u64,
     /// What would have to be copied at its end.
     pub remaining_bytes: u64,

@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// The cost of a step that gains nothing; finite, so that a trace can hold it.
+pub(super) const GAINS_NOTHING_SECS: f64 = 1e6;
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "rule", rename_all = "kebab-case")]
 pub enum Reason {
@@ -138,6 +141,8 @@ pub enum Reason {
         elapsed_secs: f64,
         limit_secs: f64,
     },
+    /// The link is interrupted.
+    LinkSilent,
     /// Nothing is known of the link yet.
     Unmeasured,
 }
@@ -343,6 +348,9 @@ impl std::fmt::Display for Reason {
                 time(*step_cost_secs),
                 time(*stop_cost_secs)
             ),
+            Reason::StepCostsMore { step_cost_secs, .. } if *step_cost_secs >= GAINS_NOTHING_SECS => {
+                write!(f, "copying on would gain nothing")
+            }
             Reason::StepCostsMore {
                 step_cost_secs,
                 stop_cost_secs,
@@ -416,6 +424,7 @@ impl std::fmt::Display for Reason {
                 time(*limit_secs),
                 time(*elapsed_secs)
             ),
+            Reason::LinkSilent => write!(f, "the link carries nothing now, which is no moment to switch"),
             Reason::Unmeasured => write!(f, "nothing is known of the link yet"),
         }
     }

@@ -178,12 +178,14 @@ impl std::fmt::Display for Policy {
             }
             | Policy::CalmFixed {
                 bandwidth_bytes_per_sec: Some(bandwidth_bytes_per_sec),
-            } => write!(
-                f,
-                "{}:{}bit",
-                self.name(),
-                u128::from(*bandwidth_bytes_per_sec) * 8
-            ),
+            } => {
+                let bits = u128::from(*bandwidth_bytes_per_sec) * 8;
+                let (number, unit) = [(1_000_000, "Mbit"), (1_048_576, "Mibit"), (1, "bit")]
+                    .into_iter()
+                    .find(|(unit, _)| bits % unit == 0)
+                    .map_or((bits, "bit"), |(unit, name)| (bits / unit, name));
+                write!(f, "{}:{number}{unit}", self.name())
+            }
             _ => f.write_str(self.name()),
         }
     }

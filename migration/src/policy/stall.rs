@@ -4,28 +4,20 @@ use std::time::Duration;
 
 use super::{History, Sample};
 
-/// For how long nothing has been gained: by the last slices of equal throttle and speed, what remains is not
-/// falling. Zero while it falls.
+/// What the last slices of equal throttle and speed have brought: how long they took, and how much less remained
+/// on average in their younger half than in their older one (negative: more).
 ///
 /// Slices before a sudden loss of bandwidth do not count: at a slower copy more gets dirty, and what remains is
 /// only comparable to what remained at the same speed.
-pub fn stalled(history: &History) -> Duration {
-    let Some(last) = history.samples.last() else {
-        return Duration::ZERO;
+pub fn progress(history: &History) -> (Duration, f64) {
+    let Some(last) = history.samples.last().filter(|_| !link_is_silent(history)) else {
+        return (Duration::ZERO, 0.0);
     };
     let speed = |s: &Sample| s.wire_bytes as f64 / s.time.as_secs_f64().max(1e-9);
     let now = speed(last);
-    let mut since = Duration::ZERO;
-    // Two halves of the time looked back on: progress is 2 % less in the younger one.
-    let mut like: Vec<&Sample> = Vec::new();
-    for sample in history.samples.iter().rev() {
-        let same = sample.throttle_percent == last.throttle_percent && speed(sample) < 2.0 * now.max(1.0);
-        if !same {
-            break;
-        }
-        since += sample.time;
-        like.push(sample);
-    }
+    let alike = |s: &&Sample| s.throttle_percent == last.throttle_percent && speed(s) < 2.0 * now.max(1.0);
+    let like: Vec<&Sample> = history.samples.iter().rev().take_while(alike).collect();
+    let since: Duration = like.iter().map(|s| s.time).sum();
     let (mut young, mut old) = ((0.0, 0.0), (0.0, 0.0));
     let mut age = Duration::ZERO;
     for sample in like {
@@ -35,46 +27,103 @@ pub fn stalled(history: &History) -> Duration {
         half.1 += secs;
         age += sample.time;
     }
-    if old.1 <= 0.0 || young.1 <= 0.0 || young.0 / young.1 < 0.98 * old.0 / old.1 {
-        return Duration::ZERO;
+    if old.1 <= 0.0 || young.1 <= 0.0 {
+        return (Duration::ZERO, 0.0);
     }
-    since
+    (since, old.0 / old.1 - young.0 / young.1)
 }
 
-/// The rate at which one clean byte gets dirty, by stretches of half a second, oldest first.
-pub(super) fn write_rates(history: &History) -> Vec<f64> {
-    let mut rates: Vec<f64> = Vec::new();
-    let (mut dirtied, mut clean_secs, mut secs) = (0.0, 0.0, 0.0);
-    for sample in &history.samples {
+/// Whether the last slice should have carried something and carried nothing: the link is interrupted, which says
+/// nothing of the guest, and is no moment to switch.
+pub fn link_is_silent(history: &History) -> bool {
+    history.samples.last().is_some_and(|last| {
+        let due = last.bandwidth_bytes_per_sec as f64 * last.time.as_secs_f64();
+        last.wire_bytes == 0 && last.remaining_bytes > 0 && due > 64.0 * 1024.0
+    })
+}
+
+/// For how long nothing has been gained, 2 % being nothing. Zero while what remains falls.
+pub fn stalled(history: &History) -> Duration {
+    let (since, gained) = progress(history);
+    if gained > 0.02 * history.remaining_bytes as f64 {
+        Duration::ZERO
+    } else {
+        since
+    }
+}
+
+/// Half a second or more of the guest's writing.
+#[derive(Clone, Copy)]
+pub(super) struct Stretch {
+    /// Pages that were clean and were written.
+    writes: f64,
+    /// Clean bytes times seconds.
+    exposure: f64,
+}
+
+impl Stretch {
+    /// Bytes dirtied per clean byte and second.
+    pub(super) fn rate(&self) -> f64 {
+        self.writes * 4096.0 / self.exposure
+    }
+
+    /// Whether the rate jumped between two stretches: by half or more, and by more than chance.
+    fn jumps_to(&self, next: &Stretch) -> bool {
+        let (before, after) = (self.rate(), next.rate());
+        let noise = |s: &Stretch| s.writes.max(1.0).sqrt() * 4096.0 / s.exposure;
+        let change = (after - before).abs();
+        change > 0.5 * before.max(after) && change > 6.0 * noise(self).hypot(noise(next))
+    }
+}
+
+/// The guest's writing by stretches, oldest first; the youngest may be short.
+pub(super) fn stretches(history: &History) -> Vec<Stretch> {
+    let mut list: Vec<Stretch> = Vec::new();
+    let mut open = Stretch {
+        writes: 0.0,
+        exposure: 0.0,
+    };
+    let mut secs = 0.0;
+    for (at, sample) in history.samples.iter().enumerate() {
         let time = sample.time.as_secs_f64();
-        dirtied += sample.dirtied_bytes as f64;
-        clean_secs += history.total_bytes.saturating_sub(sample.remaining_bytes) as f64 * time;
+        open.writes += sample.dirtied_bytes as f64 / 4096.0;
+        open.exposure += history.total_bytes.saturating_sub(sample.remaining_bytes) as f64 * time;
         secs += time;
-        if secs >= 0.5 {
-            if clean_secs > 0.0 {
-                rates.push(dirtied / clean_secs);
+        // A burst that has just begun shows in less than a stretch.
+        if secs >= 0.5 || at + 1 == history.samples.len() {
+            if open.exposure > 0.0 {
+                list.push(open);
             }
-            (dirtied, clean_secs, secs) = (0.0, 0.0, 0.0);
+            open = Stretch {
+                writes: 0.0,
+                exposure: 0.0,
+            };
+            secs = 0.0;
         }
     }
-    // A burst that has just begun shows in less than a stretch.
-    if clean_secs > 0.0 {
-        rates.push(dirtied / clean_secs);
-    }
-    rates
+    list
 }
 
-/// Whether the rate of writing, or the service's use of the link, differs over time by more than chance.
+/// Whether the writing jumps, or the service's use of the link differs over time.
 pub fn conditions_change(history: &History) -> bool {
-    let use_of_link: Vec<f64> = history.samples.iter().map(|s| s.service_bytes_per_sec).collect();
-    differs(&write_rates(history)) || (history.samples.len() >= 20 && differs(&use_of_link))
+    let list = stretches(history);
+    let pairs = || list.iter().zip(list.iter().skip(1));
+    let rises = pairs().any(|(a, b)| a.jumps_to(b) && a.rate() < b.rate());
+    let falls = pairs().any(|(a, b)| a.jumps_to(b) && a.rate() > b.rate());
+    // When nearly all is copied the hot pages are clean for the first time, and more is written to clean pages
+    // without any change in the guest: then only what also falls again is a change.
+    let nearly_done = history.remaining_bytes < history.total_bytes / 33;
+    let jumps = if nearly_done {
+        rises && falls
+    } else {
+        rises || falls
+    };
+    let service: Vec<f64> = history.samples.iter().map(|s| s.service_bytes_per_sec).collect();
+    jumps || (service.len() >= 20 && differs(&service))
 }
 
 fn differs(values: &[f64]) -> bool {
-    if values.len() < 6 {
-        return false;
-    }
-    let mean = values.iter().sum::<f64>() / values.len() as f64;
-    let spread = values.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / values.len() as f64;
+    let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
+    let spread = values.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / values.len().max(1) as f64;
     mean > 0.0 && spread.sqrt() > 0.3 * mean
 }

@@ -96,6 +96,7 @@ const TOTAL_ONLY: &str = "total reproduced; cost and downtime need the bursts of
 const DOWNTIME_ONLY: &str = "cost and downtime reproduced; the total needs the original trace";
 const CORRECTED: &str =
     "cost and downtime reproduced (the printed 0.394 s is 3.940 s); the total needs the original trace";
+const NEARLY: &str = "cost reproduced, total within 5 %; the downtime needs the original trace";
 const NOT: &str = "not reproducible without the original trace";
 
 /// Memory, link, policy, the paper's cost, total and downtime, and the verdict.
@@ -104,7 +105,7 @@ type Printed = (u64, f64, Policy, f64, f64, f64, &'static str);
 const TABLE: &[Printed] = &[
     (1024, 1024.0, Policy::XenBasic, 0.04, 105.2, 0.0424, NOT),
     (1024, 1024.0, Policy::CalmAdaptive, 0.01, 85.78, 0.0078, MEETS),
-    (1024, 1024.0, FIXED, 0.01, 19.93, 0.0035, NOT),
+    (1024, 1024.0, FIXED, 0.01, 19.93, 0.0035, NEARLY),
     (512, 512.0, Policy::XenBasic, 0.27, 67.99, 0.0039, TOTAL_ONLY),
     (
         512,
