@@ -82,6 +82,7 @@ pub enum Command {
     Report(report::ReportArgs),
     Load(crate::load::LoadArgs),
     Keys(keys::KeysArgs),
+    Simulate(Box<crate::simulate::SimulateArgs>),
     Completions(completions::CompletionsArgs),
     Man(man::ManArgs),
 }
@@ -110,6 +111,7 @@ impl Cli {
             Command::Logs(args) => logs::run(args, globals),
             Command::Pulse(args) => pulse::run(args, globals),
             Command::Keys(args) => keys::run(args),
+            Command::Simulate(args) => crate::simulate::run(args),
             Command::Completions(args) => completions::run(args),
             Command::Man(args) => man::run(args),
         }?;

@@ -14,6 +14,7 @@ pub mod failure;
 pub mod load;
 pub mod logging;
 pub mod output;
+pub mod simulate;
 pub mod ssh;
 pub mod terminal;
 

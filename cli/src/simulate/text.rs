@@ -1,0 +1,39 @@
+//! The results as a table for people.
+
+use ferry_migration::policy::reason::size;
+use ferry_migration::sim::pages::Outcome;
+
+use crate::output;
+
+/// One row per policy, and below why each stopped.
+pub(super) fn outcomes(outcomes: &[Outcome]) -> String {
+    let head = [
+        "policy",
+        "cost",
+        "total",
+        "downtime",
+        "sent",
+        "rounds",
+        "cost + price of time",
+    ];
+    let mut rows = vec![head.map(str::to_string).to_vec()];
+    for o in outcomes {
+        let crossed = |text: String| if o.crossed { text } else { "-".to_string() };
+        rows.push(vec![
+            o.policy.clone(),
+            format!("{:.4} s", o.cost),
+            format!("{:.2} s", o.total_s),
+            crossed(format!("{:.4} s", o.downtime_s)),
+            size(o.bytes as f64),
+            o.rounds.to_string(),
+            crossed(format!("{:.4} s", o.cost_with_time)),
+        ]);
+    }
+    let mut text = output::table(&rows);
+    text.push('\n');
+    for o in outcomes {
+        let what = if o.crossed { "switched" } else { "gave up" };
+        text += &format!("{} {what}: {}\n", o.policy, o.stop_reason);
+    }
+    text.trim_end().to_string()
+}
