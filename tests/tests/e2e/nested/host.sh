@@ -24,7 +24,7 @@ bridge() {
 }
 # The guest's initramfs with the guest's job added to it.
 add_job() { (mkdir /tmp/add && cd /tmp/add && cp /p/guest.sh . && find . | cpio -o -H newc 2>/dev/null) | cat /p/guest.cpio - > /tmp/initrd; }
-# The emulated outer CPU does not intercept XSETBV, so KVM in it cannot know the guest's XCR0: noxsave.
+# Without noxsave the guest warns that XSAVE sizes do not agree. Why is not known: perhaps the emulation does not intercept XSETBV.
 words="console=ttyS0 quiet noxsave ferry.disk ferry.ip=10.0.0.9/24 ferry.run=/guest.sh"
 start() { # KERNEL CPUS
     rm -f "$serial"
