@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use ferry_devices::disk::EngineKind;
 use serde::{Deserialize, Serialize};
 
 use crate::size::ByteSize;
@@ -108,6 +109,8 @@ pub enum DiskFormat {
     #[default]
     Raw,
     Qcow2,
+    /// What the image's header says. Raw images have none and must be called raw.
+    Auto,
 }
 
 /// `writeback` acknowledges from the page cache, `writethrough` after the disk has it, `direct` goes around the cache.
@@ -130,6 +133,8 @@ pub struct DiskConfig {
     pub readonly: bool,
     #[serde(default)]
     pub cache: CacheMode,
+    #[serde(default)]
+    pub engine: EngineKind,
     #[serde(default)]
     pub bandwidth_bytes_per_sec: Option<ByteSize>,
     #[serde(default)]
@@ -307,13 +312,14 @@ fn number<T: FromStr>(what: &str, key: &str, text: &str) -> Result<T, ConfigErro
 impl FromStr for DiskConfig {
     type Err = ConfigError;
 
-    /// `PATH` or `path=PATH[,format=raw|qcow2][,readonly][,cache=…][,bandwidth=SIZE][,iops=N][,serial=…][,queues=N]`
+    /// `PATH` or `path=PATH[,format=raw|qcow2|auto][,readonly][,cache=…][,engine=…][,bandwidth=SIZE][,iops=N][,serial=…][,queues=N]`
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let mut disk = DiskConfig {
             path: PathBuf::new(),
             format: DiskFormat::default(),
             readonly: false,
             cache: CacheMode::default(),
+            engine: EngineKind::default(),
             bandwidth_bytes_per_sec: None,
             operations_per_sec: None,
             serial: None,
@@ -324,10 +330,14 @@ impl FromStr for DiskConfig {
                 ("path", Some(path)) => disk.path = path.into(),
                 ("format", Some("raw")) => disk.format = DiskFormat::Raw,
                 ("format", Some("qcow2")) => disk.format = DiskFormat::Qcow2,
+                ("format", Some("auto")) => disk.format = DiskFormat::Auto,
                 ("readonly" | "ro", None) => disk.readonly = true,
                 ("cache", Some("writeback")) => disk.cache = CacheMode::Writeback,
                 ("cache", Some("writethrough")) => disk.cache = CacheMode::Writethrough,
                 ("cache", Some("direct")) => disk.cache = CacheMode::Direct,
+                ("engine", Some("auto")) => disk.engine = EngineKind::Auto,
+                ("engine", Some("io-uring")) => disk.engine = EngineKind::IoUring,
+                ("engine", Some("threads")) => disk.engine = EngineKind::Threads,
                 ("bandwidth", Some(size)) => disk.bandwidth_bytes_per_sec = Some(size.parse()?),
                 ("iops", Some(n)) => disk.operations_per_sec = Some(number("--disk", "iops", n)?),
                 ("serial", Some(serial)) => disk.serial = Some(serial.to_owned()),
@@ -335,8 +345,8 @@ impl FromStr for DiskConfig {
                 (path, None) if position == 0 => disk.path = path.into(),
                 (key, _) => {
                     return refuse(format!(
-                        "--disk does not know {key:?} in {text:?}; it takes path=FILE, format=raw|qcow2, readonly, \
-                         cache=writeback|writethrough|direct, bandwidth=SIZE, iops=N, serial=TEXT, queues=N"
+                        "--disk does not know {key:?} in {text:?}; it takes path=FILE, format=raw|qcow2|auto, \
+                         readonly, cache=writeback|writethrough|direct, engine=auto|io-uring|threads, bandwidth=SIZE, iops=N, serial=TEXT, queues=N"
                     ));
                 }
             }
@@ -490,7 +500,11 @@ mod tests {
     #[test]
     fn the_default_is_valid_and_survives_json() {
         let config = MachineConfig {
-            disks: vec!["/tmp/a.img,readonly,cache=direct,bandwidth=10M".parse().unwrap()],
+            disks: vec![
+                "/tmp/a.img,format=auto,readonly,cache=direct,engine=io-uring,bandwidth=10M"
+                    .parse()
+                    .unwrap(),
+            ],
             nets: vec!["bridge=br0,mac=52:54:00:00:00:01,queues=2".parse().unwrap()],
             serial: "socket=/run/x.sock".parse().unwrap(),
             cpu_template: "x86-64-v3".parse().unwrap(),

@@ -65,6 +65,13 @@ pub(crate) fn settled(config: &MachineConfig) -> Result<MachineConfig> {
             net.mac = Some(MacAddress(mac));
         }
     }
+    for disk in &mut config.disks {
+        if disk.format == DiskFormat::Auto {
+            let found =
+                Disk::find_format(&disk.path).map_err(|error| MachineError::Host(error.to_string()))?;
+            disk.format = found.into();
+        }
+    }
     Ok(config)
 }
 
@@ -74,19 +81,21 @@ fn options(config: &DiskConfig, ownership: Ownership) -> DiskOptions {
         format,
         readonly,
         cache,
+        engine,
         bandwidth_bytes_per_sec,
         operations_per_sec,
         serial: _,
         queues: _,
     } = config;
     let mut options = DiskOptions::new(path);
-    options.format = Some((*format).into());
+    options.format = (*format).into();
     options.read_only = *readonly;
     options.cache = match cache {
         CacheMode::Writeback => DiskCache::Writeback,
         CacheMode::Writethrough => DiskCache::Writethrough,
         CacheMode::Direct => DiskCache::Direct,
     };
+    options.engine = *engine;
     options.limits = DiskLimits {
         bandwidth_bytes_per_sec: bandwidth_bytes_per_sec.and_then(|size| NonZeroU64::new(size.0)),
         operations_per_sec: operations_per_sec.and_then(NonZeroU64::new),
@@ -95,11 +104,22 @@ fn options(config: &DiskConfig, ownership: Ownership) -> DiskOptions {
     options
 }
 
-impl From<DiskFormat> for disk::DiskFormat {
+/// None: whatever the image says it is.
+impl From<DiskFormat> for Option<disk::DiskFormat> {
     fn from(format: DiskFormat) -> Self {
         match format {
-            DiskFormat::Raw => disk::DiskFormat::Raw,
-            DiskFormat::Qcow2 => disk::DiskFormat::Qcow2,
+            DiskFormat::Raw => Some(disk::DiskFormat::Raw),
+            DiskFormat::Qcow2 => Some(disk::DiskFormat::Qcow2),
+            DiskFormat::Auto => None,
+        }
+    }
+}
+
+impl From<disk::DiskFormat> for DiskFormat {
+    fn from(format: disk::DiskFormat) -> Self {
+        match format {
+            disk::DiskFormat::Raw => DiskFormat::Raw,
+            disk::DiskFormat::Qcow2 => DiskFormat::Qcow2,
         }
     }
 }

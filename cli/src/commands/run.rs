@@ -70,7 +70,7 @@ pub struct RunArgs {
     /// A virtio console beside the serial port, and where it goes, as for --serial
     #[arg(long, value_name = "WHERE")]
     pub console: Option<SerialTarget>,
-    /// A disk: path=FILE[,format=raw|qcow2][,readonly][,cache=writeback|writethrough|direct][,bandwidth=SIZE][,iops=N][,serial=TEXT][,queues=N]; may be given again
+    /// A disk: path=FILE[,format=raw|qcow2|auto][,readonly][,cache=writeback|writethrough|direct][,engine=auto|io-uring|threads][,bandwidth=SIZE][,iops=N][,serial=TEXT][,queues=N]; may be given again
     #[arg(long, value_name = "SPEC")]
     pub disk: Vec<DiskConfig>,
     /// A network device: tap=NAME (made if it is not there) or bridge=NAME (a new TAP in that bridge) [,mac=ADDRESS][,queues=N][,bandwidth=SIZE][,pps=N]; may be given again

@@ -148,6 +148,26 @@ impl Disk {
         Ok(disk)
     }
 
+    /// The format of an image whose user leaves it to us. Only a header that says so is believed: a raw disk's first
+    /// bytes belong to its guest, so that "raw" found by looking is what a guest wants us to find, or not to find, the
+    /// next time.
+    pub fn find_format(path: &Path) -> Result<DiskFormat, DiskError> {
+        let looked_at = Self::open(&DiskOptions {
+            format: None,
+            read_only: true,
+            ownership: Ownership::Later,
+            ..DiskOptions::new(path)
+        })?;
+        match looked_at.format() {
+            DiskFormat::Raw => Err(DiskError::unsupported(
+                path,
+                "does not say what format it has, and raw is never guessed because a guest could write the header of \
+                another format into it; say format=raw",
+            )),
+            found @ DiskFormat::Qcow2 => Ok(found),
+        }
+    }
+
     /// Makes a new, empty image that takes no space yet. Refuses to replace a file.
     pub fn create(path: &Path, format: DiskFormat, size: u64) -> Result<(), DiskError> {
         if size == 0 {

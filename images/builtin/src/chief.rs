@@ -8,7 +8,7 @@ use crate::info::Info;
 use crate::line::Line;
 use crate::memory::Memory;
 use crate::plan::{End, Plan};
-use crate::work::{Next, database, disk, gc, io, server, spin};
+use crate::work::{Next, balloon, console, database, disk, entropy, gc, io, server, spin};
 use crate::{clock, cpu, damage, evidence, gap, power, serial};
 
 const SECOND: u64 = 1_000_000_000;
@@ -180,6 +180,19 @@ impl Chief {
                 l.number("announcements", server::ANNOUNCEMENTS.load(Relaxed));
                 l.number("frames_in", server::FRAMES_IN.load(Relaxed))
                     .number("frames_out", server::FRAMES_OUT.load(Relaxed));
+            }
+            if works.entropy {
+                l.number("entropy_bytes", entropy::BYTES.load(Relaxed));
+            }
+            if works.console {
+                l.number("console_in", console::IN.load(Relaxed))
+                    .number("console_out", console::OUT.load(Relaxed));
+            }
+            if works.balloon {
+                l.number("given", balloon::GIVEN.load(Relaxed))
+                    .number("reported", balloon::REPORTED.load(Relaxed));
+                l.number("hinted", balloon::HINTED.load(Relaxed))
+                    .number("stock_checked", balloon::CHECKED.load(Relaxed));
             }
             if works.spin {
                 l.number("spins", spin::ROUNDS.load(Relaxed));

@@ -12,8 +12,11 @@ use crate::plan::Plan;
 use crate::table::{ROW_WORDS, ROWS_PER_BLOCK, UPDATES_PER_BLOCK, Update};
 use crate::virtio::block::{BLOCK, Shared};
 use crate::work::allocator::{Sweeper, Writer};
+use crate::work::balloon::Keeper;
+use crate::work::console::Console;
 use crate::work::database::{Database, LOG_BLOCKS, ROWS_PER_CHUNK, Rows};
 use crate::work::disk::Journal;
+use crate::work::entropy::Entropy;
 use crate::work::gc::{Collector, Root};
 use crate::work::server::{Server, Services};
 use crate::work::spin::Spinner;
@@ -85,6 +88,10 @@ pub fn start(plan: &Plan, memory: &mut Memory, devices: &Devices, cpus: usize) -
     while PARKED.load(Ordering::SeqCst) < cpus - 1 {
         core::hint::spin_loop();
     }
+    // SAFETY: all shifts are over.
+    if let Some(balloon) = unsafe { devices.balloon() } {
+        balloon.settle();
+    }
     memory.give_back_all();
     if let Some(disk) = devices.disk {
         disk.forget();
@@ -132,6 +139,10 @@ impl<'a> Hiring<'a> {
         if plan.works.network() {
             granted.network = self.hire_server(plan, devices).is_some();
         }
+        self.hire_small(plan, devices);
+        if plan.works.balloon {
+            self.hire_keeper(plan, devices);
+        }
         if plan.works.gc {
             self.hire_collectors(plan, &mut granted);
         }
@@ -167,6 +178,35 @@ impl<'a> Hiring<'a> {
             place.write(worker);
             self.used[index] += 1;
         }
+    }
+
+    /// Entropy and console.
+    fn hire_small(&mut self, plan: &Plan, devices: &Devices) {
+        let at = devices.net_cpu;
+        // SAFETY: all shifts are over, and the next has one worker for each device.
+        let (entropy, console) = unsafe { (devices.entropy(), devices.console()) };
+        let pace = || Pace::of(plan.pieces, 1);
+        if let (true, Some(lane)) = (plan.works.entropy, entropy) {
+            self.place(at, Worker::Entropy(Entropy { lane, pace: pace() }));
+        }
+        if let (true, Some(lines)) = (plan.works.console, console) {
+            let (pace, number) = (pace(), 0);
+            self.place(at, Worker::Console(Console { lines, pace, number }));
+        }
+    }
+
+    fn hire_keeper(&mut self, plan: &Plan, devices: &Devices) -> Option<()> {
+        // SAFETY: as above.
+        let balloon = unsafe { devices.balloon()? };
+        let total_bytes = self.memory.free_bytes();
+        let wanted = plan.stock.min(total_bytes / 2) / PAGE;
+        // SAFETY: as in `new`; plain numbers.
+        let contents = unsafe { self.memory.take_zeroed::<u32>(wanted as usize)? };
+        let stock = self.memory.take_pages(wanted);
+        let pace = Pace::of(plan.churn, 1);
+        let keeper = Keeper::new(balloon, stock, contents, total_bytes, pace);
+        self.place(devices.net_cpu, Worker::Balloon(keeper));
+        Some(())
     }
 
     /// One heap per vCPU.

@@ -31,6 +31,9 @@ pub struct Works {
     pub web: bool,
     pub calc: bool,
     pub ping: bool,
+    pub entropy: bool,
+    pub console: bool,
+    pub balloon: bool,
 }
 
 impl Works {
@@ -43,6 +46,9 @@ impl Works {
         web: false,
         calc: false,
         ping: false,
+        entropy: false,
+        console: false,
+        balloon: false,
     };
 
     /// Whether any of it needs the network.
@@ -105,6 +111,11 @@ pub struct Plan {
     pub gateway: Option<[u8; 4]>,
     pub body: u64,
     pub connections: usize,
+    /// Entropy buffers and console lines per second, each.
+    pub pieces: Rate,
+    /// Pages that the balloon's worker plays with, and how many it writes per second.
+    pub stock: u64,
+    pub churn: Rate,
     pub classes: [Option<Class>; MAX_CLASSES],
 }
 
@@ -141,6 +152,9 @@ impl Plan {
             gateway: None,
             body: 1 << 20,
             connections: 16,
+            pieces: Rate::PerSecond(200),
+            stock: 8 << 20,
+            churn: Rate::PerSecond(1000),
             classes: [None; MAX_CLASSES],
         };
         let mut wrong = None;
@@ -193,6 +207,9 @@ impl Plan {
             "gw" => self.gateway = Some(address(value)?),
             "body" => self.body = size_bytes(value)?,
             "connections" => self.connections = value.parse().ok().filter(|n| (1..=128).contains(n))?,
+            "pieces" => self.pieces = rate(value)?,
+            "stock" => self.stock = size_bytes(value)?,
+            "churn" => self.churn = rate(value)?,
             "cpus" => _ = value.parse::<u32>().ok()?,
             _ => return None,
         }
@@ -217,6 +234,9 @@ fn works(value: &str) -> Option<Works> {
             "web" => works.web = true,
             "calc" => works.calc = true,
             "ping" => works.ping = true,
+            "entropy" => works.entropy = true,
+            "console" => works.console = true,
+            "balloon" => works.balloon = true,
             _ => return None,
         }
     }

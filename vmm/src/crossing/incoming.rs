@@ -180,7 +180,14 @@ impl IncomingMachine for Arriving {
                 .filter(|block| block.kind == BlockKind::Disk)
                 .map(|block| block.bytes);
             for (disk, bytes) in config.disks.iter().zip(sizes) {
-                Disk::create(&disk.path, disk.format.into(), bytes)
+                let unsaid = || {
+                    Reason::new(
+                        Cause::Protocol,
+                        "the other side does not say what format a disk has",
+                    )
+                };
+                let format = Option::from(disk.format).ok_or_else(unsaid)?;
+                Disk::create(&disk.path, format, bytes)
                     .map_err(|error| Reason::new(Cause::NoSpace, error.to_string()))?;
                 images.0.push(disk.path.clone());
             }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test is where these belong
 
 mod boot;
+mod dirty;
 mod disks;
 mod ends;
 mod harness;

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use ferry_devices::ram::take_dirty;
 use ferry_vmm::config::{MachineConfig, MemoryBacking};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::dirty::Watch;
 use crate::harness::{Guest, config, number, skip};
 
 /// The first range of memory that the guest says holds its evidence.
@@ -46,7 +46,6 @@ fn every_page_that_changes_is_logged_and_quiet_pages_are_not() {
     if skip() {
         return;
     }
-    const PAGE: usize = 4096;
     for backing in [MemoryBacking::Anonymous, MemoryBacking::Memfd] {
         let config = MachineConfig {
             memory_backing: backing,
@@ -57,20 +56,7 @@ fn every_page_that_changes_is_logged_and_quiet_pages_are_not() {
         };
         let mut guest = Guest::start(&config);
         guest.line(|line| line.contains(r#""t":"ready""#));
-        let logs = guest.machine.dirty_logs().unwrap();
-        assert_eq!(logs.len(), 1, "memory below 3 GiB is one region");
-        let words = (config.memory.0 as usize / PAGE).div_ceil(64);
-        let all = vec![u64::MAX; words];
-        let read = |guest: &Guest| {
-            let mut memory = vec![0u8; config.memory.0 as usize];
-            guest
-                .machine
-                .ram()
-                .read_slice(&mut memory, GuestAddress(0))
-                .unwrap();
-            memory
-        };
-        logs[0].start().unwrap();
+        let watch = Watch::begin(&guest);
         assert!(
             guest
                 .machine
@@ -79,43 +65,17 @@ fn every_page_that_changes_is_logged_and_quiet_pages_are_not() {
                 .to_string()
                 .contains("crossing")
         );
-        for round in 0..3 {
-            guest.machine.pause().unwrap();
-            // What was noted until now is taken, and the pages protected anew.
-            logs[0].survey(&mut vec![0; words]).unwrap();
-            logs[0].clear(0, &all).unwrap();
-            take_dirty(guest.machine.ram());
-            let before = read(&guest);
-            guest.machine.resume().unwrap();
-            std::thread::sleep(Duration::from_millis(200));
-            guest.machine.pause().unwrap();
-            let after = read(&guest);
-            let mut noted = vec![0u64; words];
-            logs[0].survey(&mut noted).unwrap();
-            for (word, more) in noted.iter_mut().zip(take_dirty(guest.machine.ram()).remove(0).1) {
-                *word |= more;
-            }
-            let is_noted = |page: usize| noted[page / 64] >> (page % 64) & 1 == 1;
-            let changed: Vec<usize> = (0..after.len() / PAGE)
-                .filter(|page| {
-                    before[page * PAGE..(page + 1) * PAGE] != after[page * PAGE..(page + 1) * PAGE]
-                })
-                .collect();
-            let lost: Vec<usize> = changed.iter().copied().filter(|page| !is_noted(*page)).collect();
+        for _ in 0..3 {
+            let seen = watch.round(&guest, || std::thread::sleep(Duration::from_millis(200)));
+            let changed = seen.changed.len();
+            assert!(changed > 10, "the guest did nothing: {changed} pages changed");
             assert!(
-                lost.is_empty(),
-                "round {round}: pages {lost:?} changed and nobody noted it"
+                seen.noted() < 10 * changed + 200,
+                "{} pages noted, {changed} changed",
+                seen.noted()
             );
-            assert!(changed.len() > 10, "the guest did nothing: {changed:?}");
-            let count: u32 = noted.iter().map(|word| word.count_ones()).sum();
-            assert!(
-                (count as usize) < 10 * changed.len() + 200,
-                "{count} pages noted, {} changed",
-                changed.len()
-            );
-            guest.machine.resume().unwrap();
         }
-        logs[0].stop();
+        watch.end();
         guest.beat();
         guest.machine.pulse().unwrap();
         guest.beat();

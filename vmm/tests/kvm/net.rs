@@ -10,7 +10,7 @@ use ferry_vmm::lifecycle::StopReason;
 
 use crate::harness::{Guest, PATIENCE, config, skip};
 
-fn fetch() -> std::io::Result<usize> {
+pub(crate) fn fetch() -> std::io::Result<usize> {
     let mut stream = TcpStream::connect_timeout(&"10.9.0.2:80".parse().unwrap(), Duration::from_secs(1))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     stream.write_all(b"GET / HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n")?;

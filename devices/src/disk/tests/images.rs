@@ -242,6 +242,12 @@ fn a_guest_that_writes_a_qcow2_header_gets_no_files_of_the_host() {
         ..DiskOptions::new(&raw)
     };
     assert!(refused(&guessed).contains("a guest may have written"));
+    assert!(
+        Disk::find_format(&raw)
+            .unwrap_err()
+            .to_string()
+            .contains("a guest may have written")
+    );
     // Said to be raw it is raw, whatever the guest wrote.
     let disk = Disk::open(&DiskOptions::new(&raw)).unwrap();
     assert_eq!((disk.format(), disk.size()), (DiskFormat::Raw, 1 << 20));
@@ -259,5 +265,9 @@ fn guessing_finds_what_is_there() {
         })
         .unwrap();
         assert_eq!((disk.format(), disk.size()), (format, 1 << 20));
+        match (format, Disk::find_format(&path)) {
+            (DiskFormat::Qcow2, found) => assert_eq!(found.unwrap(), format),
+            (DiskFormat::Raw, found) => assert!(found.unwrap_err().to_string().contains("say format=raw")),
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! Modern virtio over PCI: finding a device, agreeing on features, queues with MSI-X.
 
+pub mod balloon;
 pub mod block;
+pub mod lane;
 pub mod net;
 pub mod queue;
 
@@ -44,7 +46,7 @@ pub struct Device {
     pub features: u64,
 }
 
-/// The n-th virtio device of this kind (1 net, 2 block).
+/// The n-th virtio device of this kind (1 net, 2 block, 3 console, 4 entropy, 5 balloon).
 pub fn find(kind: u16, nth: usize) -> Option<Function> {
     Function::find(VENDOR)
         .filter(|f| [0x1040 + kind, 0x1000 + kind - 1].contains(&f.device_id()))

@@ -16,7 +16,7 @@ const HEADER: usize = 12;
 const FRAME: usize = 1514;
 const BUFFERS: usize = 256;
 
-/// One frame behind its virtio header.
+/// One frame; to be sent, behind its virtio header.
 type Buffer = [u8; 2048];
 
 pub struct Net {
@@ -33,6 +33,8 @@ pub struct Net {
 
 struct Incoming {
     queue: Queue,
+    /// In pages of their own: nothing but the frame is written where a frame is.
+    headers: &'static mut [[u8; HEADER]],
     buffers: &'static mut [Buffer],
     /// Which buffer a descriptor belongs to.
     owner: [u8; BUFFERS],
@@ -52,13 +54,17 @@ pub struct Outgoing {
 
 impl Incoming {
     fn offer(&mut self, buffer: u8) {
-        let address = &raw const self.buffers[buffer as usize] as u64;
-        let piece = Piece {
-            address,
+        let header = Piece {
+            address: &raw const self.headers[buffer as usize] as u64,
+            length: HEADER as u32,
+            device_writes: true,
+        };
+        let frame = Piece {
+            address: &raw const self.buffers[buffer as usize] as u64,
             length: size_of::<Buffer>() as u32,
             device_writes: true,
         };
-        if let Some(head) = self.queue.add(&[piece]) {
+        if let Some(head) = self.queue.add(&[header, frame]) {
             self.owner[head as usize] = buffer;
         }
     }
@@ -75,7 +81,7 @@ impl Incoming {
         let buffer = self.owner[head as usize];
         self.lent = Some(buffer);
         self.frames += 1;
-        Some(&self.buffers[buffer as usize][HEADER..(length as usize).clamp(HEADER, HEADER + FRAME)])
+        Some(&self.buffers[buffer as usize][..(length as usize).clamp(HEADER, HEADER + FRAME) - HEADER])
     }
 }
 
@@ -132,9 +138,10 @@ impl Net {
             }
         }
         // SAFETY: made before any shift, kept for good; plain bytes.
-        let (receive_buffers, send_buffers, command) = unsafe {
+        let (headers, receive_buffers, send_buffers, command) = unsafe {
             (
-                memory.take_zeroed(BUFFERS)?,
+                memory.take_zeroed(BUFFERS / 2)?,
+                memory.take_zeroed(BUFFERS / 2)?,
                 memory.take_zeroed(BUFFERS)?,
                 memory.take_zeroed(64)?,
             )
@@ -143,12 +150,13 @@ impl Net {
         let owner = [0; BUFFERS];
         let mut incoming = Incoming {
             queue: receive,
+            headers,
             buffers: receive_buffers,
             owner,
             lent: None,
             frames: 0,
         };
-        for buffer in 0..incoming.queue.size().min(BUFFERS as u16) {
+        for buffer in 0..incoming.queue.size().min(BUFFERS as u16) / 2 {
             incoming.offer(buffer as u8);
         }
         incoming.queue.kick();

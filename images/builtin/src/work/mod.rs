@@ -1,8 +1,11 @@
 //! The workloads: each is cut into short steps, so that whoever runs them can do other things in between.
 
 pub mod allocator;
+pub mod balloon;
+pub mod console;
 pub mod database;
 pub mod disk;
+pub mod entropy;
 pub mod gc;
 pub mod io;
 pub mod server;
@@ -26,6 +29,9 @@ pub enum Worker {
     Journal(disk::Journal),
     Database(database::Database),
     Server(server::Server),
+    Entropy(entropy::Entropy),
+    Console(console::Console),
+    Balloon(balloon::Keeper),
 }
 
 impl Worker {
@@ -39,6 +45,9 @@ impl Worker {
             Worker::Journal(w) => w.step(now),
             Worker::Database(w) => w.step(now),
             Worker::Server(w) => w.step(now),
+            Worker::Entropy(w) => w.step(now),
+            Worker::Console(w) => w.step(now),
+            Worker::Balloon(w) => w.step(now),
         }
     }
 }
