@@ -82,7 +82,7 @@ fn fadt(dsdt: u64, facs: u64) -> Result<acpi_tables::fadt::FADT> {
         .firmware_ctrl_32(low(facs)?)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .flag(Flags::Wbinvd)
-        .flag(Flags::PwrButton)
+        // The flag says that a button is not in the PM1 registers. The power button is, so it has none; there is no sleep button.
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc)
         .flag(Flags::TmrValExt)
@@ -287,6 +287,9 @@ mod tests {
                 assert_eq!(u32::from_le_bytes(found[56..60].try_into().unwrap()), 0x600);
                 // No keyboard controller is announced: probing it costs a stock kernel seconds.
                 assert_eq!(found[109..111], [5, 0]);
+                // PWR_BUTTON is clear: a kernel looks for the button in PM1. SLP_BUTTON is set: there is none.
+                let flags = u32::from_le_bytes(found[112..116].try_into().unwrap());
+                assert_eq!(flags >> 4 & 3, 0b10, "{flags:#x}");
             }
             if names.last().unwrap() == "APIC" {
                 assert_eq!(
