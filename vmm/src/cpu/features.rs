@@ -98,7 +98,8 @@ pub const GROUPS: [Group; 11] = [
         register: Register::Eax,
         names: "kvmclock kvm_nopiodelay kvm_mmu_op kvmclock2 kvm_asyncpf kvm_steal_time kvm_pv_eoi kvm_pv_unhalt - \
                 kvm_pv_tlb_flush kvm_asyncpf_vmexit kvm_pv_send_ipi kvm_poll_control kvm_pv_sched_yield \
-                kvm_asyncpf_int kvm_msi_ext_dest_id kvm_hc_map_gpa_range kvm_migration_control",
+                kvm_asyncpf_int kvm_msi_ext_dest_id kvm_hc_map_gpa_range kvm_migration_control - - - - - - \
+                kvmclock_stable_bit",
     },
 ];
 
@@ -198,6 +199,7 @@ mod tests {
         assert_eq!(at("abm"), (0x8000_0001, Register::Ecx, 5));
         assert_eq!(at("topoext"), (0x8000_0001, Register::Ecx, 22));
         assert_eq!(at("kvm_pv_unhalt"), (0x4000_0001, Register::Eax, 7));
+        assert_eq!(at("kvmclock_stable_bit"), (0x4000_0001, Register::Eax, 24));
         for group in &GROUPS {
             assert!(
                 group.names.split_whitespace().count() <= 32,

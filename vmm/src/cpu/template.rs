@@ -13,7 +13,8 @@ use crate::error::{MachineError, Result};
 const BASE: &str = "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 ht \
                     x2apic tsc_deadline_timer hypervisor syscall nx lm rdtscp kvmclock kvm_nopiodelay kvmclock2 \
                     kvm_asyncpf kvm_steal_time kvm_pv_eoi kvm_pv_unhalt kvm_pv_tlb_flush kvm_pv_send_ipi \
-                    kvm_poll_control kvm_pv_sched_yield kvm_asyncpf_int kvm_msi_ext_dest_id cmp_legacy cr8_legacy \
+                    kvm_poll_control kvm_pv_sched_yield kvm_asyncpf_int kvm_msi_ext_dest_id \
+                    kvmclock_stable_bit cmp_legacy cr8_legacy \
                     arch_capabilities spec_ctrl intel_stibp ssbd md_clear ibpb ibrs stibp amd_ssbd virt_ssbd";
 /// x86-64-v2 of the psABI.
 const V2: &str = "cx16 lahf_lm popcnt sse3 sse4_1 sse4_2 ssse3";
@@ -232,6 +233,8 @@ mod tests {
         let mut v2 = everything();
         apply(&CpuTemplate::X86_64V2, &mut v2).unwrap();
         assert!(shown(&v2, "sse4_2") && shown(&v2, "cx16") && shown(&v2, "lm"));
+        // Without it a guest takes kvm-clock for one that jumps from CPU to CPU.
+        assert!(shown(&v2, "kvmclock") && shown(&v2, "kvmclock_stable_bit"));
         assert!(!shown(&v2, "avx") && !shown(&v2, "avx2") && !shown(&v2, "vmx") && !shown(&v2, "aes"));
         assert!(
             !v2.iter().any(|leaf| leaf.leaf == 0xd),
