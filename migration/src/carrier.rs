@@ -113,10 +113,11 @@ impl Carrier {
     }
 
     /// Uses these lanes from now on, counting frames from the beginning.
-    pub(crate) fn lanes(&mut self, lanes: Vec<Box<dyn Lane>>) {
+    pub(crate) fn lanes(&mut self, lanes: Vec<Box<dyn Lane>>, version: u16) {
         self.drop_lanes();
         for (index, lane) in lanes.into_iter().enumerate() {
-            let encoder = self.spare.pop().unwrap_or_else(|| Encoder::new(self.compression));
+            let mut encoder = self.spare.pop().unwrap_or_else(|| Encoder::new(self.compression));
+            encoder.speak(version);
             self.workers.push(Worker {
                 index,
                 lane,

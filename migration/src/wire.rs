@@ -5,7 +5,7 @@
 //! the other. Every connection begins with a [`Greeting`]. All numbers are little endian.
 //!
 //! Versions: both sides say the oldest and the newest they speak, and use the newest common one.
-//! 1: everything but names. 2: content names (`Announce`, `Wanted`).
+//! 1: everything but names. 2: content names (`Announce`, `Wanted`). 3: pages that are mostly the same.
 
 use std::time::Duration;
 
@@ -15,10 +15,12 @@ use crate::failure::{Cause, Phase, Reason};
 use crate::handover::{LedgerId, MachineId, SessionId, Standing};
 use crate::machine::{Loaded, MachineCard, Offer};
 
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 pub const OLDEST_VERSION: u16 = 1;
 /// The version that brought content names.
 pub const VERSION_WITH_NAMES: u16 = 2;
+/// The version that brought [`Encoding::MostlySame`].
+pub const VERSION_WITH_MOSTLY_SAME: u16 = 3;
 
 pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
 pub const MAX_DESCRIPTION_BYTES: usize = 1 << 20;
@@ -678,6 +680,8 @@ pub enum Encoding {
     Lz4,
     /// Difference to what the other side holds, one unit.
     Delta,
+    /// Eight bytes, and a difference to a page that repeats them, one unit.
+    MostlySame,
 }
 
 /// One run of units in a frame, in the same encoding.
@@ -703,6 +707,7 @@ impl Entry {
             Encoding::Raw => 2,
             Encoding::Lz4 => 3,
             Encoding::Delta => 4,
+            Encoding::MostlySame => 5,
         };
         bytes[12..16].copy_from_slice(&self.bytes.to_le_bytes());
         bytes
@@ -717,6 +722,7 @@ impl Entry {
             2 => Encoding::Raw,
             3 => Encoding::Lz4,
             4 => Encoding::Delta,
+            5 => Encoding::MostlySame,
             got => {
                 return Err(Malformed::Unknown {
                     what: "encoding",

@@ -227,14 +227,14 @@ fn a_newer_side_crosses_to_the_version_before_and_the_other_way_round() {
 fn no_version_in_common_is_said_before_anything_else_happens() {
     let mut stage = Stage::new(3);
     stage.set_terms(Terms {
-        oldest_version: 3,
-        newest_version: 4,
+        oldest_version: 4,
+        newest_version: 5,
         ..Terms::default()
     });
     let report = stage.cross(&mut stage.loopback(4), &options(1, 2));
     let failure = report.outcome.failure.unwrap();
     assert_eq!((failure.cause, failure.phase), (Cause::Version, Phase::Negotiate));
-    assert!(failure.message.contains("3 to 4"), "{failure}");
+    assert!(failure.message.contains("4 to 5"), "{failure}");
     assert!(stage.witness.runs_here());
 }
 
@@ -418,14 +418,14 @@ proptest! {
     /// A whole frame made up by a peer that knows the checksums.
     #[test]
     fn a_peer_that_lies_well_still_places_nothing_out_of_bounds(
-        entries in proptest::collection::vec((0u64..80, 0u16..70, 0u8..5, 0u32..5000), 0..6),
+        entries in proptest::collection::vec((0u64..80, 0u16..70, 0u8..6, 0u32..5000), 0..6),
         payload in proptest::collection::vec(any::<u8>(), 0..6000),
         block in 0u16..2,
     ) {
         let info = BlockInfo { id: BlockId(0), kind: BlockKind::Memory, name: String::new(), bytes: 64 * 4096 };
         let sink = Arc::new(FakeSink::new(info));
         let placement = Placement::new(&[Arc::clone(&sink) as Arc<dyn Sink>]);
-        let encodings = [Encoding::Zero, Encoding::Same, Encoding::Raw, Encoding::Lz4, Encoding::Delta];
+        let encodings = [Encoding::Zero, Encoding::Same, Encoding::Raw, Encoding::Lz4, Encoding::Delta, Encoding::MostlySame];
         let mut body: Vec<u8> = entries
             .iter()
             .flat_map(|(first, count, encoding, bytes)| {
@@ -470,5 +470,41 @@ impl ferry_migration::machine::IncomingMachine for Careless {
     }
     fn abort(&mut self) {
         self.0.abort();
+    }
+}
+
+/// A peer of the version before gets none of the pages it does not know.
+#[test]
+fn pages_that_are_mostly_the_same_travel_small_to_those_who_know_them() {
+    let block = FakeBlock::new(0, BlockKind::Memory, 4);
+    {
+        let mut data = block.data.lock().unwrap();
+        data.fill(0xab);
+        data[..40].fill(1);
+    }
+    let memory = || Memory {
+        cache: DeltaCache::new(0),
+        sent: SentHashes::new(1, std::slice::from_ref(&block.info)),
+    };
+    let span = Span {
+        block: block.info.id,
+        first: 0,
+        count: 4,
+    };
+    for (version, mostly_same) in [(3, 1), (2, 0)] {
+        let mut encoder = Encoder::new(Compression::Auto);
+        encoder.speak(version);
+        let counts = encoder
+            .encode(&memory(), &*block, &block.info, &[span], 0, &StepClock::default())
+            .unwrap();
+        assert_eq!((counts.same, counts.mostly_same), (3, mostly_same));
+        let frame = encoder.frame(&block.info, 1, 0).to_vec();
+        let sink = Arc::new(FakeSink::new(block.info.clone()));
+        let placement = Placement::new(&[Arc::clone(&sink) as Arc<dyn Sink>]);
+        let (head, mut rest) = frame.split_at(FrameHeader::BYTES);
+        let header = FrameHeader::decode(head.try_into().unwrap()).unwrap();
+        placement.place(&header, &mut rest, &mut Scratch::new()).unwrap();
+        assert!(block.bytes() == sink.bytes());
+        assert!(version == 2 || frame.len() < 200, "{} bytes", frame.len());
     }
 }

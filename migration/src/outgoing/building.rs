@@ -136,7 +136,7 @@ impl Crossing<'_> {
         for index in 0..self.lanes {
             lanes.push(self.world.link.lane(self.options.session, self.attempt, index)?);
         }
-        self.carrier.lanes(lanes);
+        self.carrier.lanes(lanes, self.version);
         Ok(())
     }
 }

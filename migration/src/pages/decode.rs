@@ -206,6 +206,12 @@ fn read_table(
             Encoding::Raw => u64::from(entry.bytes) == plain,
             Encoding::Lz4 => entry.count == 1 && u64::from(entry.bytes) < plain,
             Encoding::Delta => entry.count == 1 && entry.bytes >= 4 && u64::from(entry.bytes) < plain,
+            Encoding::MostlySame => {
+                entry.count == 1
+                    && plain.is_multiple_of(8)
+                    && entry.bytes >= 8
+                    && u64::from(entry.bytes) < plain
+            }
         };
         if !fits {
             return Err(FrameError::Protocol(format!(
@@ -286,8 +292,7 @@ impl Block {
                         count: 1,
                     };
                     let room = unit.get_mut(..self.info.span_bytes(one)).unwrap_or_default();
-                    room.chunks_exact_mut(8)
-                        .for_each(|word| word.copy_from_slice(body));
+                    repeat(body, room);
                     self.sink.place(one, room)?;
                 }
             }
@@ -301,6 +306,15 @@ impl Block {
                         ));
                     }
                 }
+            }
+            Encoding::MostlySame => {
+                let room = unit.get_mut(..self.info.span_bytes(span)).unwrap_or_default();
+                let (word, difference) = body.split_at_checked(8).ok_or(Malformed::Short("pattern"))?;
+                repeat(word, room);
+                if !delta::apply(room, difference) {
+                    return Err(FrameError::Protocol("a difference leads out of its page".into()));
+                }
+                self.sink.place(span, room)?;
             }
             Encoding::Delta => {
                 let room = unit.get_mut(..self.info.span_bytes(span)).unwrap_or_default();
@@ -320,5 +334,14 @@ impl Block {
             }
         }
         Ok(())
+    }
+}
+
+fn repeat(word: &[u8], room: &mut [u8]) {
+    if let Ok(word) = <[u8; 8]>::try_from(word) {
+        room.as_chunks_mut::<8>()
+            .0
+            .iter_mut()
+            .for_each(|place| *place = word);
     }
 }

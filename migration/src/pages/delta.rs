@@ -36,6 +36,25 @@ pub fn encode(old: &[u8], new: &[u8], out: &mut [u8]) -> Option<usize> {
     Some(used)
 }
 
+/// Eight bytes that a page may consist of but for some places: those that most of a few samples agree on.
+pub fn common_word(page: &[u8]) -> Option<[u8; 8]> {
+    const SAMPLES: usize = 16;
+    let stride = (page.len() / SAMPLES).max(8) & !7;
+    // The last word of each stride: the first ones of a page are the likeliest to be a head of another kind.
+    let samples = || {
+        page.chunks_exact(stride)
+            .filter_map(|chunk| chunk.last_chunk::<8>())
+    };
+    let (mut word, mut votes) = (samples().next()?, 0);
+    for sample in samples() {
+        if votes == 0 {
+            word = sample;
+        }
+        votes += if sample == word { 1 } else { -1 };
+    }
+    (samples().filter(|sample| *sample == word).count() * 2 > SAMPLES).then_some(*word)
+}
+
 /// How many bytes at the front are equal.
 fn equal(a: &[u8], b: &[u8]) -> usize {
     let words = a
@@ -113,5 +132,17 @@ mod tests {
         assert_eq!(encode(&old, &new, &mut [0; 64]), Some(12));
         assert_eq!(encode(&old, &old, &mut [0; 64]), Some(0));
         assert_eq!(encode(&old, &vec![1u8; 4096], &mut [0; 64]), None);
+    }
+
+    #[test]
+    fn the_common_word_is_what_most_of_a_page_says() {
+        let mut page = vec![7u8; 4096];
+        page[..1000].fill(1);
+        assert_eq!(common_word(&page), Some([7; 8]));
+        let noise: Vec<u8> = (0..4096u32)
+            .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
+            .collect();
+        assert_eq!(common_word(&noise), None);
+        assert_eq!(common_word(&[]), None);
     }
 }

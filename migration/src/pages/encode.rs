@@ -6,10 +6,13 @@ use serde::{Deserialize, Serialize};
 use crate::block::{BlockInfo, BlockKind, CLUSTER_BYTES, DataError, PAGE_BYTES, Source, Span};
 use crate::clock::Clock;
 use crate::pages::cache::DeltaCache;
-use crate::pages::costs::Costs;
+use crate::pages::costs::{Costs, Look};
 use crate::pages::delta;
 use crate::pages::sent::SentHashes;
-use crate::wire::{Encoding, Entry, FrameHeader, MAX_ENTRIES, MAX_FRAME_BYTES, WINDOW_BYTES};
+use crate::wire::{
+    Encoding, Entry, FrameHeader, MAX_ENTRIES, MAX_FRAME_BYTES, VERSION, VERSION_WITH_MOSTLY_SAME,
+    WINDOW_BYTES,
+};
 
 /// Whether pages are made smaller at the cost of time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +36,9 @@ pub struct PageCounts {
     /// Only their names travelled: the other side had the content.
     pub known: u64,
     pub delta: u64,
+    /// Eight bytes repeated, and a few others.
+    #[serde(default)]
+    pub mostly_same: u64,
     pub lz4: u64,
     pub raw: u64,
     pub plain_bytes: u64,
@@ -47,6 +53,7 @@ impl PageCounts {
             unchanged,
             known,
             delta,
+            mostly_same,
             lz4,
             raw,
             plain_bytes,
@@ -57,6 +64,7 @@ impl PageCounts {
         self.unchanged += unchanged;
         self.known += known;
         self.delta += delta;
+        self.mostly_same += mostly_same;
         self.lz4 += lz4;
         self.raw += raw;
         self.plain_bytes += plain_bytes;
@@ -64,7 +72,14 @@ impl PageCounts {
     }
 
     pub fn units(&self) -> u64 {
-        self.zero + self.same + self.unchanged + self.known + self.delta + self.lz4 + self.raw
+        self.zero
+            + self.same
+            + self.unchanged
+            + self.known
+            + self.delta
+            + self.mostly_same
+            + self.lz4
+            + self.raw
     }
 }
 
@@ -96,11 +111,14 @@ const PROBE_UNITS: u32 = 4;
 /// One worker's encoder with all its buffers.
 pub struct Encoder {
     compression: Compression,
+    version: u16,
     frame: Box<[u8]>,
     entries: Vec<Entry>,
     payload_bytes: usize,
     zero: Vec<bool>,
     scratch: Box<[u8]>,
+    /// A page of one word, over and over.
+    pattern: Box<[u8]>,
     pages_table: CompressTable,
     clusters_table: CompressTable,
     pub costs: Costs,
@@ -110,15 +128,22 @@ impl Encoder {
     pub fn new(compression: Compression) -> Self {
         Encoder {
             compression,
+            version: VERSION,
             frame: vec![0; MAX_FRAME_BYTES].into(),
             entries: Vec::with_capacity(MAX_ENTRIES),
             payload_bytes: 0,
             zero: vec![false; MAX_ENTRIES],
             scratch: vec![0; get_maximum_output_size(CLUSTER_BYTES as usize)].into(),
+            pattern: vec![0; PAGE_BYTES as usize].into(),
             pages_table: CompressTable::small(),
             clusters_table: CompressTable::large(),
             costs: Costs::new(),
         }
+    }
+
+    /// Uses only what the agreed version of the protocol knows.
+    pub fn speak(&mut self, version: u16) {
+        self.version = version;
     }
 
     /// Encodes the spans (of one block, ascending, together at most a window) as they are now.
@@ -168,8 +193,8 @@ impl Encoder {
                 unit = end;
             }
         }
-        if effort.before > 0 {
-            self.costs.lz4.measured(effort.before, effort.after, effort.time);
+        for (look, tries) in Look::ALL.into_iter().zip(&effort.lz4) {
+            self.costs.compressed(look, tries.before, tries.after, tries.time);
         }
         Ok(counts)
     }
@@ -218,8 +243,11 @@ impl Encoder {
         counts: &mut PageCounts,
     ) {
         let Encoder {
+            compression,
+            version,
             frame,
             scratch,
+            pattern,
             pages_table,
             clusters_table,
             ..
@@ -240,7 +268,7 @@ impl Encoder {
             return;
         }
         counts.plain_bytes += length as u64;
-        if self.compression != Compression::Off && memory.sent.replace(info.id, unit, content) {
+        if *compression != Compression::Off && memory.sent.replace(info.id, unit, content) {
             counts.unchanged += 1;
             return;
         }
@@ -259,7 +287,18 @@ impl Encoder {
         } else if round > 0 {
             memory.cache.forget(info.id, unit);
         }
-        if effort.worth_a_try() {
+        if *compression != Compression::Off
+            && *version >= VERSION_WITH_MOSTLY_SAME
+            && let Some(used) = mostly_same(content, pattern, scratch)
+        {
+            counts.mostly_same += 1;
+            self.append(info, unit, Encoding::MostlySame, &Made::InScratch(used));
+            return;
+        }
+        let look = Look::at(content);
+        if let Some(tries) = effort.lz4.get_mut(look as usize)
+            && tries.worth_one_more()
+        {
             let table = if info.unit_bytes() == PAGE_BYTES {
                 pages_table
             } else {
@@ -267,7 +306,7 @@ impl Encoder {
             };
             let start = clock.now();
             let made = compress_into_with_table(content, scratch, table).unwrap_or(length);
-            effort.tried(length, made.min(length), clock.now().saturating_sub(start));
+            tries.tried(length, made.min(length), clock.now().saturating_sub(start));
             if made < length - length / 8 {
                 counts.lz4 += 1;
                 self.append(info, unit, Encoding::Lz4, &Made::InScratch(made));
@@ -391,7 +430,33 @@ enum Made {
 /// How hard this batch is tried, decided once for the batch.
 struct Effort {
     delta: bool,
-    lz4: bool,
+    lz4: [Tries; Look::ALL.len()],
+}
+
+impl Effort {
+    fn new(compression: Compression, costs: &Costs) -> Self {
+        Effort {
+            delta: compression != Compression::Off,
+            lz4: Look::ALL.map(|look| {
+                let (pays, probe) = match compression {
+                    Compression::Off => (false, false),
+                    Compression::Always => (true, false),
+                    Compression::Auto => (costs.lz4_pays(look), costs.probe_now(look)),
+                };
+                Tries {
+                    pays,
+                    probes: if probe { PROBE_UNITS } else { 0 },
+                    ..Tries::default()
+                }
+            }),
+        }
+    }
+}
+
+/// Attempts at compressing units of one look, within one batch.
+#[derive(Default)]
+struct Tries {
+    pays: bool,
     probes: u32,
     failures: u32,
     skipped: u32,
@@ -400,27 +465,9 @@ struct Effort {
     time: std::time::Duration,
 }
 
-impl Effort {
-    fn new(compression: Compression, costs: &Costs) -> Self {
-        let (delta, lz4, probe) = match compression {
-            Compression::Off => (false, false, false),
-            Compression::Always => (true, true, false),
-            Compression::Auto => (true, costs.lz4_pays(), costs.probe_now()),
-        };
-        Effort {
-            delta,
-            lz4,
-            probes: if probe { PROBE_UNITS } else { 0 },
-            failures: 0,
-            skipped: 0,
-            before: 0,
-            after: 0,
-            time: std::time::Duration::ZERO,
-        }
-    }
-
-    fn worth_a_try(&mut self) -> bool {
-        if !self.lz4 {
+impl Tries {
+    fn worth_one_more(&mut self) -> bool {
+        if !self.pays {
             let probe = self.probes > 0;
             self.probes = self.probes.saturating_sub(1);
             return probe;
@@ -447,6 +494,26 @@ impl Effort {
 
 fn too_long() -> DataError {
     DataError::new("a batch is longer than a frame may be")
+}
+
+/// If the page is one word repeated but for some places: the word and those, in `out`. This costs so little, at both
+/// ends, that it is worth it on any link.
+fn mostly_same(content: &[u8], pattern: &mut [u8], out: &mut [u8]) -> Option<usize> {
+    if content.len() != pattern.len() {
+        return None;
+    }
+    let word = delta::common_word(content)?;
+    if pattern.first_chunk::<8>() != Some(&word) {
+        pattern
+            .as_chunks_mut::<8>()
+            .0
+            .iter_mut()
+            .for_each(|place| *place = word);
+    }
+    let (head, room) = out.split_first_chunk_mut::<8>()?;
+    *head = word;
+    let used = delta::encode(pattern, content, room.get_mut(..content.len() / 4)?)?;
+    Some(8 + used)
 }
 
 /// The eight bytes that the whole content repeats, if it does.

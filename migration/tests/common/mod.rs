@@ -63,7 +63,7 @@ impl Clock for StepClock {
 /// One block of a guest: its bytes, and the notes of a careful dirty tracker.
 pub struct FakeBlock {
     pub info: BlockInfo,
-    data: Mutex<Vec<u8>>,
+    pub data: Mutex<Vec<u8>>,
     noted: Mutex<UnitSet>,
     tracking: AtomicBool,
     /// Where the guest itself writes while the engine works; `None`: it does not.

@@ -89,6 +89,7 @@ pub fn cross(ferry: &Path, dir: &Path, scenario: &Scenario, flavour: &Flavour) -
         migrate.args(["--bandwidth", &format!("{}Mbit", limit * 8 / 1_000_000)]);
     }
     migrate.args(["--deadline", &format!("{}s", scenario.patience.as_secs())]);
+    super::warm_memory()?;
     let started = Instant::now();
     let status = migrate
         .stdin(Stdio::null())
@@ -117,9 +118,14 @@ pub fn cross(ferry: &Path, dir: &Path, scenario: &Scenario, flavour: &Flavour) -
             .largest_gap(started - Duration::from_secs(1), started)
             .as_secs_f64()
             * 1e3,
-        bytes: report["fact"]["bytes"].as_u64().unwrap_or(0),
-        own_downtime_ms: report["fact"]["downtime_ms"].as_f64().unwrap_or(0.0),
+        bytes: report["wire_bytes"].as_u64().unwrap_or(0),
+        own_downtime_ms: milliseconds(&report["downtime"]["total"]),
         progress: before.zip(during).map_or(0.0, |(before, during)| during / before),
         damaged: timeline.damaged() || !alive,
     })
+}
+
+/// A duration of the report in milliseconds.
+fn milliseconds(duration: &Value) -> f64 {
+    duration["secs"].as_f64().unwrap_or(0.0) * 1e3 + duration["nanos"].as_f64().unwrap_or(0.0) / 1e6
 }

@@ -53,3 +53,28 @@ pub fn free_port() -> std::io::Result<u16> {
         .local_addr()?
         .port())
 }
+
+/// Has as much memory of this host touched and freed as a crossing will need.
+///
+/// A host that is itself a virtual machine may have given its free memory back; the first touch then costs many times
+/// what it costs on metal, and whoever comes first would pay for it.
+pub fn warm_memory() -> anyhow::Result<()> {
+    let status = std::process::Command::new(std::env::current_exe()?)
+        .args(["--touch", "1280"])
+        .status()?;
+    anyhow::ensure!(
+        status.success(),
+        "memory could not be touched before the crossing"
+    );
+    Ok(())
+}
+
+/// What the child of `warm_memory` does.
+pub fn touch_memory(mib: u64) -> anyhow::Result<()> {
+    let config = ferry_vmm::config::MachineConfig {
+        memory: ferry_vmm::size::ByteSize(mib << 20),
+        ..Default::default()
+    };
+    let ram = ferry_vmm::memory::allocate(&config)?;
+    Ok(ferry_vmm::memory::populate(&ram)?)
+}

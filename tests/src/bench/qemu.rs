@@ -156,6 +156,7 @@ pub fn cross(dir: &Path, guest: &Path, scenario: &Scenario, flavour: Flavour) ->
     let address = format!("tcp:127.0.0.1:{}", super::free_port()?);
     into.call("migrate-incoming", json!({ "uri": address }))?;
 
+    super::warm_memory()?;
     let started = Instant::now();
     out.call("migrate", json!({ "uri": address }))?;
     let (completed, info) = loop {

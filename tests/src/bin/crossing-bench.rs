@@ -1,6 +1,6 @@
 //! Moves the same guest by Ferry and by QEMU, alternating, and prints medians and ratios.
 //!
-//! usage: crossing-bench FERRY [--rounds N] [--only NAME] [--json FILE]
+//! usage: crossing-bench --ferry FILE|none [--rounds N] [--only NAME] [--json FILE]
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -62,21 +62,22 @@ fn scenarios() -> Vec<Scenario> {
 
 fn main() -> Result<()> {
     let mut words = std::env::args().skip(1);
-    let binary = PathBuf::from(
-        words
-            .next()
-            .context("usage: crossing-bench FERRY [--rounds N] [--only NAME] [--json FILE]")?,
-    );
-    let (mut rounds, mut only, mut json) = (3usize, None, None);
+    let (mut binary, mut rounds, mut only, mut json) = (None, 3usize, None, None);
     while let Some(word) = words.next() {
         let value = words.next().with_context(|| format!("{word} needs a value"))?;
         match word.as_str() {
+            "--touch" => {
+                return ferry_tests::bench::touch_memory(value.parse().context("--touch takes MiB")?);
+            }
+            "--ferry" => binary = Some(PathBuf::from(value)),
             "--rounds" => rounds = value.parse().context("--rounds takes a number")?,
             "--only" => only = Some(value),
             "--json" => json = Some(PathBuf::from(value)),
             _ => bail!("unknown word {word}"),
         }
     }
+    let binary =
+        binary.context("usage: crossing-bench --ferry FILE|none [--rounds N] [--only NAME] [--json FILE]")?;
     let dir = tempfile::tempdir()?;
     let guest = dir.path().join("guest.elf");
     std::fs::write(&guest, ferry_images::BUILTIN_GUEST)?;
