@@ -14,7 +14,7 @@ demo: setup             ## run the main job and show it working
 test: setup images      ## all tests; FERRY_PULSES, FERRY_SEEDS, FERRY_CROSSINGS ask for longer runs
 	$(CARGO) test --workspace
 
-test-nested: setup images ## only the tests with stock Linux guests under nested KVM, the full set
+test-nested: setup images ## only the tests with stock Linux guests under nested KVM, for longer than in `make test`
 	FERRY_NESTED_FULL=1 $(CARGO) test -p ferry-tests --test e2e nested
 
 check: setup            ## formatting, lints, licences and sources of dependencies, documentation

@@ -111,6 +111,34 @@ fn uptimes(serial: &str) -> Vec<f64> {
     serial.lines().filter_map(up).collect()
 }
 
+/// A crossing's report: the parts of the downtime make its total, and all was compared if that was asked for.
+fn adds_up(outcome: &Outcome, name: &str, compared: bool) {
+    let report: serde_json::Value = serde_json::from_str(&outcome.text(name).unwrap()).unwrap();
+    let seconds = |part: &str| {
+        let duration = &report["downtime"][part];
+        let (whole, nanos) = (duration["secs"].as_f64(), duration["nanos"].as_f64());
+        whole.unwrap_or_else(|| panic!("{name} has no {part}")) + nanos.unwrap() / 1e9
+    };
+    let parts = [
+        "pause",
+        "save_state",
+        "last_survey",
+        "last_clusters",
+        "last_pages",
+        "verify",
+        "send_state",
+        "load",
+        "resume",
+    ];
+    let (sum, total) = (parts.map(seconds).iter().sum::<f64>(), seconds("total"));
+    assert!(
+        total > 0.0 && (sum - total).abs() < 0.001,
+        "the parts of the downtime in {name} are {sum} s, the whole {total} s"
+    );
+    let checked = report["checks"]["compared"].as_bool();
+    assert_eq!(checked, compared.then_some(true), "{name}");
+}
+
 #[test]
 fn a_stock_kernel_finds_every_device_works_through_pulses_and_hears_its_power_button() {
     let Some(_turn) = turn() else {
@@ -142,6 +170,7 @@ fn a_stock_kernel_finds_every_device_works_through_pulses_and_hears_its_power_bu
             ],
         );
     }
+    sound(&outcome, "login");
     // All that the first kernel said came through the virtio console.
     let log = outcome.text("boot-log").unwrap();
     has(
@@ -201,6 +230,10 @@ fn a_stock_server_moves_to_another_host_and_back_and_its_connection_is_kept() {
     said(&here);
     said(&there);
     let (here, there) = (here.success().unwrap(), there.success().unwrap());
+    for trip in 1..=trips {
+        adds_up(&here, &format!("there-{trip}.json"), trip == 1);
+        adds_up(&there, &format!("back-{trip}.json"), false);
+    }
     // What the guest said, host after host.
     let mut story = Vec::new();
     for trip in 1..=trips {

@@ -45,6 +45,23 @@ start() { # KERNEL CPUS WORDS [OPTION...]
     until_ is_past 0
     echo "$kernel with $cpus CPUs: $(grep GUEST-READY "$serial")"
 }
+# Without a job the initramfs offers a login on the serial console.
+log_in() {
+    ferry run lin --kernel /p/vmlinux --initrd /p/guest.cpio --memory 256M --cpu-template x86-64-v2 --detach \
+        --cmdline "console=ttyS0 quiet ferry.disk" --disk path=/tmp/disk.img || fail "it does not start"
+    mkfifo /tmp/keys; serial=/tmp/screen
+    ferry console lin < /tmp/keys > /tmp/screen 2>&1 &
+    exec 3> /tmp/keys
+    until_ grep -q 'ferry-guest login:' /tmp/screen
+    printf 'root\r' >&3
+    until_ grep -q '/root #' /tmp/screen
+    # What is typed is echoed as it is: only the answer has the sum in it.
+    printf 'cat /mnt/n; echo sum=$((20+22))\r' >&3
+    until_ grep -q sum=42 /tmp/screen
+    stop /tmp/disk.img
+    exec 3>&-
+    cp /tmp/screen /out/login
+}
 stop() { # DISK
     ferry stop lin --timeout 200s || fail "the power button is not heard"
     e2fsck -fn "$1" > /tmp/fsck 2>&1 || { cat /tmp/fsck; fail "the file system is damaged"; }

@@ -19,4 +19,5 @@ goes_on
 echo "$pulses pulses, $(fetches_whole) whole fetches meanwhile, guest says $(grep ALIVE "$serial" | tail -1)"
 stop /tmp/disk.img
 cp "$serial" /out/serial-2
+log_in
 [ -z "$(ls /sys/class/net | grep -v -E '^(lo|eth0|br0)$')" ] || fail "a TAP was left behind"

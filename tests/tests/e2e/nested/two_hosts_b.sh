@@ -1,5 +1,7 @@
 . /p/host.sh
 bridge 10.0.0.2
+# This host's clock is behind the other's. A guest that comes must not see its own go back.
+date -s "@$(($(date +%s)-5))" > /dev/null
 trip=0
 while [ $trip -lt $TRIPS ]; do
     trip=$((trip+1)); serial=/tmp/serial-$trip
