@@ -19,6 +19,7 @@ mod stats;
 #[cfg(test)]
 pub(crate) mod tests;
 mod tracker;
+mod writeback;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -349,6 +350,13 @@ impl Disk {
             return Ok(());
         }
         self.image.flush()
+    }
+
+    /// Has what was written so far go to the medium, without waiting for it, so that a later flush finds little to do.
+    pub fn write_back(&self) {
+        if !self.read_only && self.owned.load(Ordering::SeqCst) {
+            writeback::begin(self.image.file());
+        }
     }
 
     /// The areas of a range in order; see [`Areas`].

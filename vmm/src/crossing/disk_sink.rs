@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ferry_devices::disk::{CLUSTER_SIZE, Disk, DiskOptions};
 use ferry_migration::block::{BlockId, BlockInfo, BlockKind, DataError, Name, Sink, Span};
@@ -15,8 +16,13 @@ pub struct DiskSink {
     disk: Arc<Disk>,
     /// Clusters that were written to. The others read as zeroes, as the image was made, and stay holes.
     placed: Notes,
+    /// Bytes in the page cache since the kernel was last told to write them out.
+    unwritten: AtomicU64,
     library: Option<Arc<Library>>,
 }
+
+/// So much may wait in the page cache: the flush while the machine stands still should find little to do.
+const WRITE_BACK_BYTES: u64 = 16 << 20;
 
 impl DiskSink {
     /// `disk` must be freshly made: it reads as zeroes everywhere.
@@ -29,6 +35,7 @@ impl DiskSink {
         };
         DiskSink {
             placed: Notes::new(info.units()),
+            unwritten: AtomicU64::new(0),
             info,
             disk,
             library,
@@ -55,7 +62,13 @@ impl Sink for DiskSink {
         self.placed.add_spans(&[span]);
         self.disk
             .write_at(data, self.info.offset(span.first))
-            .map_err(|error| self.failed("written", error))
+            .map_err(|error| self.failed("written", error))?;
+        let bytes = data.len() as u64;
+        if self.unwritten.fetch_add(bytes, Ordering::Relaxed) + bytes >= WRITE_BACK_BYTES {
+            self.unwritten.store(0, Ordering::Relaxed);
+            self.disk.write_back();
+        }
+        Ok(())
     }
 
     fn place_zeroes(&self, span: Span) -> Result<(), DataError> {

@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ferry_devices::disk::Disk;
@@ -32,6 +33,8 @@ pub struct Leaving {
     disks: Vec<(BlockId, Arc<Disk>)>,
     throttle: Throttled,
     paused: bool,
+    /// The interfaces are being taken down.
+    leaving: Option<JoinHandle<crate::error::Result<()>>>,
     released: bool,
     /// Set when nobody knows who has the machine.
     doubt: Arc<Doubt>,
@@ -93,8 +96,34 @@ impl Leaving {
             disks: Vec::new(),
             throttle: Throttled::default(),
             paused: false,
+            leaving: None,
             released: false,
         }
+    }
+}
+
+impl Leaving {
+    /// Begins to take the interfaces down: the kernel takes some ten milliseconds over it, and the rest of the pages
+    /// can be copied meanwhile. The machine stands still, so it sends nothing.
+    fn leave_network(&mut self) {
+        let machine = Arc::clone(&self.machine);
+        let leave = move || machine.leave_network();
+        match std::thread::Builder::new()
+            .name("leave-network".into())
+            .spawn(leave)
+        {
+            Ok(thread) => self.leaving = Some(thread),
+            Err(error) => tracing::warn!("no thread to leave the network early: {error}"),
+        }
+    }
+
+    /// Waits until the interfaces are down.
+    fn left_network(&mut self) -> Result<(), Reason> {
+        let left = match self.leaving.take().map(JoinHandle::join) {
+            Some(Ok(left)) => left,
+            Some(Err(_)) | None => self.machine.leave_network(),
+        };
+        left.map_err(failed)
     }
 }
 
@@ -175,7 +204,10 @@ impl OutgoingMachine for Leaving {
         if self.ran {
             self.machine.pause().map_err(failed)?;
         }
-        for disk in self.machine.disks() {
+        self.leave_network();
+        // Disks that cross are flushed at the other side before the machine may run there.
+        let shared = self.machine.disks().iter().filter(|_| self.shared_storage);
+        for disk in shared {
             disk.flush().map_err(|error| {
                 Reason::new(
                     Cause::Data,
@@ -197,7 +229,7 @@ impl OutgoingMachine for Leaving {
 
     fn release(&mut self) -> Result<(), Reason> {
         self.released = true;
-        self.machine.leave_network().map_err(failed)?;
+        self.left_network()?;
         for disk in self.machine.disks() {
             disk.release_lock()
                 .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
@@ -215,7 +247,9 @@ impl OutgoingMachine for Leaving {
                     .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
             }
         }
-        if self.released {
+        if self.leaving.is_some() || self.released {
+            // Whether it got out or not: it comes back.
+            let _ = self.left_network();
             self.machine.join_network().map_err(failed)?;
         }
         if self.ran && self.paused && self.machine.state() == State::Paused {
