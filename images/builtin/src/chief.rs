@@ -8,7 +8,7 @@ use crate::info::Info;
 use crate::line::Line;
 use crate::memory::Memory;
 use crate::plan::{End, Plan};
-use crate::work::{Next, balloon, console, database, disk, entropy, gc, io, server, spin};
+use crate::work::{Next, balloon, blocks, console, database, disk, entropy, gc, io, server, spin};
 use crate::{clock, cpu, damage, evidence, gap, power, serial};
 
 const SECOND: u64 = 1_000_000_000;
@@ -78,7 +78,7 @@ impl Chief {
             if plan.works.gc {
                 l.ranges("heaps", &granted.heaps[..granted.heap_count]);
             }
-            if plan.works.disk || plan.works.database {
+            if plan.works.uses_disk() {
                 l.number("disk", granted.disk_bytes);
             }
             if plan.works.network() {
@@ -170,7 +170,11 @@ impl Chief {
                     .number("rows_checked", database::CHECKED.load(Relaxed));
                 l.number("checkpoints", database::CHECKPOINTS.load(Relaxed));
             }
-            if works.disk || works.database {
+            if works.blocks {
+                l.number("block_requests", blocks::DONE.load(Relaxed))
+                    .number("block_bytes", blocks::BYTES.load(Relaxed));
+            }
+            if works.uses_disk() {
                 l.number("io_errors", io::IO_ERRORS.load(Relaxed));
             }
             if works.network() {

@@ -13,6 +13,7 @@ use crate::table::{ROW_WORDS, ROWS_PER_BLOCK, UPDATES_PER_BLOCK, Update};
 use crate::virtio::block::{BLOCK, Shared};
 use crate::work::allocator::{Sweeper, Writer};
 use crate::work::balloon::Keeper;
+use crate::work::blocks::{Ask, Blocks};
 use crate::work::console::Console;
 use crate::work::database::{Database, LOG_BLOCKS, ROWS_PER_CHUNK, Rows};
 use crate::work::disk::Journal;
@@ -132,7 +133,7 @@ impl<'a> Hiring<'a> {
             disk_bytes: 0,
             network: false,
         };
-        if let (true, Some(disk)) = (plan.works.disk || plan.works.database, devices.disk) {
+        if let (true, Some(disk)) = (plan.works.uses_disk(), devices.disk) {
             granted.disk_bytes = disk.with(|d| d.blocks) * BLOCK;
             self.hire_disk_workers(plan, disk);
         }
@@ -295,8 +296,19 @@ impl<'a> Hiring<'a> {
         }
     }
 
-    /// The journal has the disk from its start, the database its second half.
+    /// The journal has the disk from its start, the database its second half; raw requests go anywhere.
     fn hire_disk_workers(&mut self, plan: &Plan, disk: &'static Shared) {
+        if plan.works.blocks {
+            let ask = Ask {
+                write: plan.writes,
+                order: plan.order,
+                bytes: plan.request,
+                depth: plan.depth,
+            };
+            if let Some(blocks) = Blocks::new(disk, ask, plan.seed) {
+                self.place(DISK_CPU, Worker::Blocks(blocks));
+            }
+        }
         let blocks = disk.with(|d| d.blocks);
         let half = blocks / 2;
         let room = if plan.works.database { half } else { blocks }.saturating_sub(1);

@@ -34,6 +34,7 @@ pub struct Works {
     pub entropy: bool,
     pub console: bool,
     pub balloon: bool,
+    pub blocks: bool,
 }
 
 impl Works {
@@ -49,7 +50,13 @@ impl Works {
         entropy: false,
         console: false,
         balloon: false,
+        blocks: false,
     };
+
+    /// Whether any of it needs the disk.
+    pub fn uses_disk(self) -> bool {
+        self.disk || self.database || self.blocks
+    }
 
     /// Whether any of it needs the network.
     pub fn network(self) -> bool {
@@ -116,6 +123,10 @@ pub struct Plan {
     /// Pages that the balloon's worker plays with, and how many it writes per second.
     pub stock: u64,
     pub churn: Rate,
+    /// Raw requests to the disk: whether they write, how long each is, how many at a time.
+    pub writes: bool,
+    pub request: u64,
+    pub depth: usize,
     pub classes: [Option<Class>; MAX_CLASSES],
 }
 
@@ -155,6 +166,9 @@ impl Plan {
             pieces: Rate::PerSecond(200),
             stock: 8 << 20,
             churn: Rate::PerSecond(1000),
+            writes: false,
+            request: 4096,
+            depth: 16,
             classes: [None; MAX_CLASSES],
         };
         let mut wrong = None;
@@ -210,6 +224,12 @@ impl Plan {
             "pieces" => self.pieces = rate(value)?,
             "stock" => self.stock = size_bytes(value)?,
             "churn" => self.churn = rate(value)?,
+            "io" => self.writes = choice(value, ["read", "write"])? == 1,
+            "request" => {
+                let fits = |bytes: &u64| (4096..=65_536).contains(bytes) && bytes.is_multiple_of(4096);
+                self.request = size_bytes(value).filter(fits)?;
+            }
+            "depth" => self.depth = value.parse().ok().filter(|n| (1..=32).contains(n))?,
             "cpus" => _ = value.parse::<u32>().ok()?,
             _ => return None,
         }
@@ -237,6 +257,7 @@ fn works(value: &str) -> Option<Works> {
             "entropy" => works.entropy = true,
             "console" => works.console = true,
             "balloon" => works.balloon = true,
+            "blocks" => works.blocks = true,
             _ => return None,
         }
     }

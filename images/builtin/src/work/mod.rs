@@ -2,6 +2,7 @@
 
 pub mod allocator;
 pub mod balloon;
+pub mod blocks;
 pub mod console;
 pub mod database;
 pub mod disk;
@@ -27,6 +28,7 @@ pub enum Worker {
     Collector(gc::Collector),
     Spinner(spin::Spinner),
     Journal(disk::Journal),
+    Blocks(blocks::Blocks),
     Database(database::Database),
     Server(server::Server),
     Entropy(entropy::Entropy),
@@ -43,6 +45,7 @@ impl Worker {
             Worker::Collector(w) => w.step(now),
             Worker::Spinner(w) => w.step(now),
             Worker::Journal(w) => w.step(now),
+            Worker::Blocks(w) => w.step(now),
             Worker::Database(w) => w.step(now),
             Worker::Server(w) => w.step(now),
             Worker::Entropy(w) => w.step(now),
