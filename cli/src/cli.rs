@@ -8,8 +8,8 @@ use clap::{Args, Parser, Subcommand};
 use ferry_vmm::rundir::{Base, RunDirError};
 
 use crate::commands::{
-    completions, console, info, keys, kill, list, logs, man, migrate, pause, pulse, receive, report, resolve,
-    resume, run, stop,
+    balloon, completions, console, info, keys, kill, list, logs, man, migrate, pause, pulse, receive, report,
+    resolve, resume, run, stop,
 };
 use crate::logging;
 
@@ -76,6 +76,7 @@ pub enum Command {
     Kill(kill::KillArgs),
     Logs(logs::LogsArgs),
     Pulse(pulse::PulseArgs),
+    Balloon(balloon::BalloonArgs),
     Migrate(Box<migrate::MigrateArgs>),
     Receive(Box<receive::ReceiveArgs>),
     Resolve(resolve::ResolveArgs),
@@ -110,6 +111,7 @@ impl Cli {
             Command::Kill(args) => kill::run(args, globals),
             Command::Logs(args) => logs::run(args, globals),
             Command::Pulse(args) => pulse::run(args, globals),
+            Command::Balloon(args) => balloon::run(args, globals),
             Command::Keys(args) => keys::run(args),
             Command::Simulate(args) => crate::simulate::run(args),
             Command::Completions(args) => completions::run(args),

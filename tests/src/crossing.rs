@@ -171,9 +171,13 @@ impl Evidence {
 
     #[track_caller]
     pub fn wait_for_line(&self, kind: &str) {
-        self.wait(kind, |evidence| {
-            evidence.lines().iter().any(|line| line["t"] == kind)
-        });
+        self.wait_for(kind, |line| line["t"] == kind);
+    }
+
+    /// Waits for a line for which this holds.
+    #[track_caller]
+    pub fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) {
+        self.wait(what, |evidence| evidence.lines().iter().any(&wanted));
     }
 
     /// Waits until the guest has checked everything it keeps, from now on, at least once.

@@ -1,5 +1,6 @@
 //! One file per command: its arguments, its help, and `run`.
 
+pub mod balloon;
 pub mod completions;
 pub mod console;
 mod gone;

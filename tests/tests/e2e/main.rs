@@ -7,6 +7,7 @@
 )]
 
 mod bad_input;
+mod balloon;
 mod boot;
 mod command;
 mod console;

@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use ferry_devices::virtio::balloon::GuestMemoryStats;
 use serde::{Deserialize, Serialize};
 
 use crate::lifecycle::State;
@@ -11,6 +12,7 @@ use crate::name::Name;
 pub const MACHINE: &str = "/v1/machine";
 pub const MACHINE_STATE: &str = "/v1/machine/state";
 pub const PULSE: &str = "/v1/pulse";
+pub const BALLOON: &str = "/v1/balloon";
 pub const EVENTS: &str = "/v1/events";
 pub const CROSSING: &str = "/v1/crossing";
 pub const RESOLVE: &str = "/v1/resolve";
@@ -70,6 +72,23 @@ pub struct PulseReport {
     pub pulses: u32,
     pub median_ms: f64,
     pub longest_ms: f64,
+}
+
+/// The answer to `GET` and `PUT /v1/balloon`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonInfo {
+    /// How much memory the guest shall give to the host, and how much it has given.
+    pub target_bytes: u64,
+    pub actual_bytes: u64,
+    /// What the guest says of its memory, if it says anything.
+    pub guest: Option<GuestMemoryStats>,
+}
+
+/// The body of `PUT /v1/balloon`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonTarget {
+    pub target_bytes: u64,
 }
 
 /// One line of `GET /v1/events`.

@@ -16,8 +16,8 @@ use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use super::api::{
-    self, Cancelled, ErrorBody, Event, MachineInfo, PulseReport, PulseRequest, ResolveRequest, Want,
-    WantState,
+    self, BalloonInfo, BalloonTarget, Cancelled, ErrorBody, Event, MachineInfo, PulseReport, PulseRequest,
+    ResolveRequest, Want, WantState,
 };
 use crate::crossing::request::{CrossingLine, CrossingRequest};
 use crate::rundir::Entry;
@@ -81,6 +81,14 @@ impl Client {
     /// As long as it takes.
     pub fn pulse(&self, count: u32) -> Result<PulseReport, ClientError> {
         self.call(Method::POST, api::PULSE, &PulseRequest { count }, None)
+    }
+
+    pub fn balloon(&self) -> Result<BalloonInfo, ClientError> {
+        self.call(Method::GET, api::BALLOON, &(), Some(PATIENCE))
+    }
+
+    pub fn set_balloon(&self, target: BalloonTarget) -> Result<BalloonInfo, ClientError> {
+        self.call(Method::PUT, api::BALLOON, &target, Some(PATIENCE))
     }
 
     /// Gives every event to `each` until it breaks or the machine ends.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use axum::Json;
 use axum::body::Bytes;
@@ -12,8 +13,8 @@ use serde::de::DeserializeOwned;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::api::{
-    Cancelled, ErrorBody, Event, MAX_PULSES, MachineInfo, PulseReport, PulseRequest, ResolveRequest, Want,
-    WantState, What,
+    BalloonInfo, BalloonTarget, Cancelled, ErrorBody, Event, MAX_PULSES, MachineInfo, PulseReport,
+    PulseRequest, ResolveRequest, Want, WantState, What,
 };
 use super::lines;
 use super::server::Control;
@@ -146,6 +147,40 @@ pub(super) async fn post_pulse(Shared(control): Shared<Arc<Control>>, body: Byte
     .await?;
     drop(abandoned);
     Ok(Json(report))
+}
+
+/// A guest answers within its next few interrupts, or not at all.
+const PATIENCE_FOR_STATS: Duration = Duration::from_millis(300);
+
+fn balloon(control: &Control, target: Option<BalloonTarget>) -> Answer<BalloonInfo> {
+    let refuse = |status, sentence: String| ApiError(status, sentence);
+    let balloon = control.machine.balloon().ok_or_else(|| {
+        let sentence = "the machine has no balloon; `ferry run --balloon` gives it one".to_owned();
+        refuse(StatusCode::CONFLICT, sentence)
+    })?;
+    if let Some(BalloonTarget { target_bytes }) = target {
+        let memory = control.machine.config().memory;
+        if target_bytes > memory.0 {
+            let sentence = format!("the machine has {memory} of memory and cannot give {target_bytes} bytes");
+            return Err(refuse(StatusCode::BAD_REQUEST, sentence));
+        }
+        balloon.set_target_bytes(target_bytes);
+    }
+    let guest = balloon.fresh_stats(PATIENCE_FOR_STATS);
+    Ok(Json(BalloonInfo {
+        target_bytes: balloon.target_bytes(),
+        actual_bytes: balloon.actual_bytes(),
+        guest,
+    }))
+}
+
+pub(super) async fn get_balloon(Shared(control): Shared<Arc<Control>>) -> Answer<BalloonInfo> {
+    blocking(move || balloon(&control, None)).await
+}
+
+pub(super) async fn put_balloon(Shared(control): Shared<Arc<Control>>, body: Bytes) -> Answer<BalloonInfo> {
+    let target = parse(&body)?;
+    blocking(move || balloon(&control, Some(target))).await
 }
 
 /// The state as it is, then everything that happens, until the machine's end.

@@ -121,6 +121,10 @@ fn router(control: Arc<Control>) -> Router {
         .route(api::MACHINE, get(handlers::get_machine))
         .route(api::MACHINE_STATE, put(handlers::put_state))
         .route(api::PULSE, post(handlers::post_pulse))
+        .route(
+            api::BALLOON,
+            get(handlers::get_balloon).put(handlers::put_balloon),
+        )
         .route(api::EVENTS, get(handlers::get_events))
         .route(api::RESOLVE, post(handlers::post_resolve))
         .route(

@@ -8,6 +8,7 @@ mod disk_sink;
 mod disk_source;
 #[cfg(test)]
 mod disk_tests;
+mod free_memory;
 mod incoming;
 pub mod ledger;
 mod limits;
@@ -20,6 +21,7 @@ pub mod request;
 
 pub use disk_sink::{DiskSink, Library};
 pub use disk_source::DiskSource;
+pub use free_memory::{FreeMemory, Unused};
 pub use incoming::{Arrived, Arriving, Reception};
 pub use limits::Allowed;
 pub use memory_sink::MemorySink;

@@ -64,6 +64,11 @@ impl Notes {
             .is_some_and(|word| word.load(Ordering::Acquire) >> (unit % 64) & 1 == 1)
     }
 
+    pub(super) fn words_from(&self, first_word: usize) -> impl Iterator<Item = u64> + '_ {
+        let words = self.words.iter().skip(first_word);
+        words.map(|word| word.load(Ordering::Acquire))
+    }
+
     pub(super) fn snapshot(&self, into: &mut UnitSet) {
         let words: Vec<u64> = self
             .words

@@ -14,7 +14,7 @@ use ferry_migration::machine::{GuestImpact, MachineCard, OutgoingMachine};
 use ferry_migration::policy::ServiceUse;
 
 use super::card::Description;
-use super::{DiskSource, MemorySource, Region};
+use super::{DiskSource, FreeMemory, MemorySource, Region, Unused};
 use crate::error::MachineError;
 use crate::lifecycle::{State, StopReason};
 use crate::machine::Machine;
@@ -149,9 +149,11 @@ impl OutgoingMachine for Leaving {
     fn sources(&mut self) -> Result<Vec<Arc<dyn Source>>, Reason> {
         let mut sources: Vec<Arc<dyn Source>> = Vec::new();
         let logs = self.machine.dirty_logs().map_err(failed)?;
+        let balloon = self.machine.balloon();
+        let free = balloon.map(|balloon| Arc::new(FreeMemory::new(balloon)) as Arc<dyn Unused>);
         for (region, log) in Region::all(self.machine.ram()).into_iter().zip(logs) {
             let id = BlockId(sources.len() as u16);
-            sources.push(Arc::new(MemorySource::new(id, region, log)));
+            sources.push(Arc::new(MemorySource::new(id, region, log, free.clone())));
         }
         self.disks.clear();
         if !self.shared_storage {

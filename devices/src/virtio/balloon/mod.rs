@@ -7,7 +7,8 @@ mod work;
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -62,6 +63,8 @@ pub struct BalloonControl {
     shared: Mutex<Shared>,
     /// Wakes the device's thread: somebody wants fresh statistics.
     ask_stats: EventFd,
+    /// Statistics have come.
+    stats_came: Condvar,
 }
 
 struct Shared {
@@ -71,6 +74,8 @@ struct Shared {
     poison: u32,
     hints: FreePageHints,
     stats: Option<GuestMemoryStats>,
+    /// How often statistics came.
+    stats_count: u64,
     /// While a driver is there.
     interrupt: Option<Arc<dyn VirtioInterrupt>>,
     features: u64,
@@ -112,6 +117,28 @@ impl BalloonControl {
     pub fn request_stats(&self) {
         // Fails only when it is signalled to the brim.
         let _ = self.ask_stats.write(1);
+    }
+
+    /// Fresh statistics, if the guest sends some in time, and otherwise its last ones.
+    pub fn fresh_stats(&self, at_most: Duration) -> Option<GuestMemoryStats> {
+        let shared = self.lock();
+        let before = shared.stats_count;
+        if !shared.has(F_STATS) || shared.interrupt.is_none() {
+            return shared.stats.clone();
+        }
+        self.request_stats();
+        let waited = self
+            .stats_came
+            .wait_timeout_while(shared, at_most, |shared| shared.stats_count == before);
+        let (shared, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        shared.stats.clone()
+    }
+
+    fn take_stats(&self, stats: GuestMemoryStats) {
+        let mut shared = self.lock();
+        shared.stats = Some(stats);
+        shared.stats_count += 1;
+        self.stats_came.notify_all();
     }
 
     /// Asks the guest which of its pages are free. False if there is no driver that can say, or if freed pages must
@@ -199,6 +226,7 @@ impl Balloon {
             poison: 0,
             hints: FreePageHints::new(),
             stats: None,
+            stats_count: 0,
             interrupt: None,
             features: 0,
         };
@@ -206,6 +234,7 @@ impl Balloon {
             ram: ram.clone(),
             shared: Mutex::new(shared),
             ask_stats,
+            stats_came: Condvar::new(),
         });
         Ok(Self {
             name,
@@ -308,6 +337,7 @@ impl VirtioDevice for Balloon {
             poison,
             hints,
             stats,
+            stats_count: _,
             interrupt,
             features,
         } = &mut *shared;
@@ -326,6 +356,7 @@ impl VirtioDevice for Balloon {
             poison,
             hints,
             stats,
+            stats_count: _,
             interrupt: _,
             features,
         } = &*shared;

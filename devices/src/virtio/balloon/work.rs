@@ -204,7 +204,7 @@ impl Inner {
         }
         *held = Some(request.head_index());
         match read_bytes(&self.ram, request, MOST_STATS * ENTRY_LEN) {
-            Ok(bytes) => self.control.lock().stats = Some(GuestMemoryStats::parse(&bytes)),
+            Ok(bytes) => self.control.take_stats(GuestMemoryStats::parse(&bytes)),
             Err(error) => {
                 self.answer(Err(error));
             }
