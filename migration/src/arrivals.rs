@@ -77,6 +77,11 @@ impl Desk {
         self.lock().frames.clone()
     }
 
+    /// Whether a lane ended other than it should.
+    pub fn is_broken(&self) -> bool {
+        self.lock().broken.is_some()
+    }
+
     /// Why a lane ended, if it was for something that a new connection does not mend.
     pub fn fatal(&self) -> Option<Reason> {
         self.lock()
@@ -238,6 +243,11 @@ impl LaneIn {
             FrameError::Malformed(_) | FrameError::Protocol(_) => Cause::Protocol,
             FrameError::Data(data) => Reason::from(data.clone()).cause,
         };
+        // What is wrong with a disk is no matter of lanes.
+        let message = match error {
+            FrameError::Data(data) => data.message.clone(),
+            error => format!("lane {}: {error}", self.index),
+        };
         let mut state = self.desk.lock();
         if state
             .open
@@ -245,7 +255,7 @@ impl LaneIn {
             .is_some_and(|open| open.attempt == self.attempt)
             && state.broken.is_none()
         {
-            state.broken = Some(Reason::new(cause, format!("lane {}: {error}", self.index)));
+            state.broken = Some(Reason::new(cause, message));
             drop(state);
             self.desk.moved.notify_all();
         }

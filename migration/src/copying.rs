@@ -65,7 +65,13 @@ pub(crate) enum Tick {
 
 impl Copying {
     /// Begins to note writes, and plans the first pass.
-    pub(crate) fn begin(cargo: &[Cargo], clock: &dyn Clock, limits: &Limits) -> Result<Self, DataError> {
+    /// `began`: when the crossing did, of which the deadline counts.
+    pub(crate) fn begin(
+        cargo: &[Cargo],
+        clock: &dyn Clock,
+        began: Duration,
+        limits: &Limits,
+    ) -> Result<Self, DataError> {
         for cargo in cargo {
             cargo.source.start_tracking()?;
         }
@@ -103,7 +109,7 @@ impl Copying {
             by_name: Carried::default(),
             round_started: now,
             survey_time: Duration::ZERO,
-            began: now,
+            began,
         })
     }
 

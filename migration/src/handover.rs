@@ -19,6 +19,10 @@
 //! down too), and the incoming side writes its record as declined when it is built, which is what a restart must
 //! find, so that `Taken` is one small overwrite in place.
 //!
+//! Several processes of one host share its ledger. One that answers for a crossing from the ledger alone writes its
+//! answer first, and the ledger takes no version from a process that has not seen the newest: a go-ahead that reaches
+//! the process that still waited finds the crossing closed, or the answer finds it taken.
+//!
 //! So the incoming side always knows, and the outgoing side is in doubt exactly while it has given away and not
 //! heard. Sending the go-ahead again is harmless: it takes, or it hears the answer again. If the other side
 //! cannot be reached the outgoing side stays stopped and says so; `resolve` asks again later. "No record" from
@@ -536,22 +540,22 @@ impl Arrival {
 pub fn answer_from_ledger(ledger: &mut dyn Ledger, session: SessionId) -> Result<Standing, Reason> {
     let known = ledger.read(session, Side::Incoming)?;
     let state = taker_after_restart(known.as_ref().map(|record| record.standing));
-    let (next, steps) = taker(state, TakerEvent::Ask);
-    for step in steps {
-        if let TakerStep::Write(standing) = step {
-            ledger.write(&Record {
-                session,
-                machine: MachineId([0; 16]),
-                epoch: 0,
-                side: Side::Incoming,
-                standing: *standing,
-                peer: None,
-            })?;
-        }
+    if taker(state, TakerEvent::Ask).0 == Taker::Taken {
+        return Ok(Standing::Taken);
     }
-    Ok(if next == Taker::Taken {
-        Standing::Taken
-    } else {
-        Standing::Declined
-    })
+    // What is built has a record that says declined from the start. It is written again, so that another process of this
+    // host that still waits for the go-ahead finds, when it comes, that the crossing was settled meanwhile.
+    let record = known.unwrap_or(Record {
+        session,
+        machine: MachineId([0; 16]),
+        epoch: 0,
+        side: Side::Incoming,
+        standing: Standing::Declined,
+        peer: None,
+    });
+    ledger.write(&Record {
+        standing: Standing::Declined,
+        ..record
+    })?;
+    Ok(Standing::Declined)
 }

@@ -1,6 +1,12 @@
 //! The ledger as files: one small file for each side of a crossing, with room for two versions of its record, of
 //! which one is always whole.
+//!
+//! Several processes of a host share its ledger: one may wait for a machine's go-ahead while another answers somebody
+//! who asks for a final word. So a record is only overwritten by who has seen its newest version, under a lock on its
+//! file: who comes second learns that it was settled meanwhile, and binds itself to nothing.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -16,6 +22,8 @@ const SLOT_BYTES: usize = 512;
 pub struct FileLedger {
     directory: PathBuf,
     id: LedgerId,
+    /// The version of each record that was read or written here last.
+    seen: RefCell<HashMap<PathBuf, u64>>,
 }
 
 impl FileLedger {
@@ -39,6 +47,7 @@ impl FileLedger {
         Ok(FileLedger {
             directory: directory.to_path_buf(),
             id,
+            seen: RefCell::default(),
         })
     }
 
@@ -71,24 +80,42 @@ impl Ledger for FileLedger {
 
     fn write(&mut self, record: &Record) -> Result<(), Reason> {
         let path = self.path(record.session, record.side);
+        let seen = self.seen.borrow().get(&path).copied().unwrap_or(0);
+        let file = match File::options().read(true).write(true).open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && seen == 0 => {
+                let bytes = [slot(record, 1)?, [0; SLOT_BYTES]].concat();
+                create_durably(&self.directory, &path, &bytes)?;
+                self.seen.borrow_mut().insert(path, 1);
+                return Ok(());
+            }
+            Err(e) => return Err(failed("open", &path, &e)),
+        };
+        file.lock().map_err(|e| failed("lock", &path, &e))?;
         let (newest, count) = match read_slots(&path)? {
             Some((at, count, _)) => (at, count),
-            None => {
-                let bytes = [slot(record, 1)?, [0; SLOT_BYTES]].concat();
-                return write_durably(&self.directory, &path, &bytes);
-            }
+            None => (1, 0),
         };
+        if count != seen {
+            return Err(settled(record.session));
+        }
         let bytes = slot(record, count.saturating_add(1))?;
         let overwrite = || -> std::io::Result<()> {
-            let file = File::options().write(true).open(&path)?;
             file.write_all_at(&bytes, ((1 - newest) * SLOT_BYTES) as u64)?;
             file.sync_data()
         };
-        overwrite().map_err(|e| failed("write", &path, &e))
+        overwrite().map_err(|e| failed("write", &path, &e))?;
+        self.seen.borrow_mut().insert(path, count.saturating_add(1));
+        Ok(())
     }
 
     fn read(&self, session: SessionId, side: Side) -> Result<Option<Record>, Reason> {
-        load(&self.path(session, side))
+        let path = self.path(session, side);
+        let found = read_slots(&path)?;
+        Ok(found.map(|(_, count, record)| {
+            self.seen.borrow_mut().insert(path, count);
+            record
+        }))
     }
 
     fn records(&self, machine: MachineId) -> Result<Vec<Record>, Reason> {
@@ -148,6 +175,29 @@ fn read_slots(path: &Path) -> Result<Option<(usize, u64, Record)>, Reason> {
         .ok_or_else(|| Reason::new(Cause::Ledger, format!("{} is damaged", path.display())))
 }
 
+fn settled(session: SessionId) -> Reason {
+    Reason::new(
+        Cause::Ledger,
+        format!("crossing {session} was settled by another process of this host meanwhile"),
+    )
+}
+
+/// The same for a file that must not be there yet.
+fn create_durably(directory: &Path, path: &Path, bytes: &[u8]) -> Result<(), Reason> {
+    // A name of its own: two processes may begin the same record at once, and one of them must lose whole.
+    let beside = path.with_extension(format!("{}.new", std::process::id()));
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&beside)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        let linked = fs::hard_link(&beside, path);
+        fs::remove_file(&beside)?;
+        linked?;
+        File::open(directory)?.sync_all()
+    };
+    write().map_err(|e| failed("write", path, &e))
+}
+
 /// Beside, synced, renamed, and the directory synced: after a crash there is the old file or the new one.
 fn write_durably(directory: &Path, path: &Path, bytes: &[u8]) -> Result<(), Reason> {
     let beside = path.with_extension("new");
@@ -198,6 +248,52 @@ mod tests {
         );
         assert_eq!(again.records(kept.machine).unwrap(), vec![kept]);
         assert_eq!(again.records(MachineId([0; 16])).unwrap(), vec![]);
+    }
+
+    #[test]
+    fn of_two_processes_that_settle_a_crossing_only_the_first_does() {
+        let room = tempfile::tempdir().unwrap();
+        let open = || FileLedger::open(room.path(), LedgerId([1; 16])).unwrap();
+        let (mut waits, mut asked) = (open(), open());
+        let session = SessionId([5; 16]);
+        // One waits for the go-ahead, which its record does not show; the other is asked for the final word.
+        let built = record(5, 3, Side::Incoming, Standing::Declined);
+        waits.write(&built).unwrap();
+        assert_eq!(
+            answer_from_ledger(&mut asked, session).unwrap(),
+            Standing::Declined
+        );
+        let mut taken = built.clone();
+        taken.standing = Standing::Taken;
+        let refused = waits.write(&taken).unwrap_err();
+        assert_eq!(refused.cause, Cause::Ledger);
+        assert!(refused.message.contains("another process"), "{refused}");
+        assert_eq!(
+            asked.read(session, Side::Incoming).unwrap().unwrap().standing,
+            Standing::Declined
+        );
+        // The other way round: it was taken before the question came.
+        let session = SessionId([6; 16]);
+        let mut taken = record(6, 4, Side::Incoming, Standing::Declined);
+        waits.write(&taken).unwrap();
+        taken.standing = Standing::Taken;
+        waits.write(&taken).unwrap();
+        assert_eq!(answer_from_ledger(&mut asked, session).unwrap(), Standing::Taken);
+        // And both at once: who read before the other wrote, does not write.
+        let mut third = open();
+        third.read(session, Side::Incoming).unwrap();
+        waits.write(&taken).unwrap();
+        assert!(
+            third
+                .write(&record(6, 4, Side::Incoming, Standing::Declined))
+                .is_err()
+        );
+        // A record that nobody has begins once.
+        let fresh = record(7, 1, Side::Incoming, Standing::Declined);
+        waits.write(&fresh).unwrap();
+        assert!(asked.write(&fresh).is_err());
+        let left = fs::read_dir(room.path()).unwrap().count();
+        assert_eq!(left, 4, "three records and the ledger's name");
     }
 
     #[test]

@@ -65,6 +65,11 @@ pub trait Link: Send {
     /// How many lanes this kind of link can carry (a pipe: one).
     fn most_lanes(&self) -> u16;
 
+    /// Whether a link that broke can be opened again (a pipe cannot).
+    fn reconnects(&self) -> bool {
+        true
+    }
+
     /// Whether lanes may be driven from several threads at once. A simulated link is driven inline, so that
     /// a seed repeats to the byte.
     fn parallel(&self) -> bool {

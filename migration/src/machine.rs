@@ -119,6 +119,11 @@ pub trait IncomingMachine: Send {
     /// Runs the machine (or leaves it paused if it came paused). Only the hand over makes permits.
     fn resume(&mut self, permit: RunPermit) -> Result<(), Reason>;
 
+    /// Whether a machine that ran here has ended since.
+    fn is_over(&self) -> bool {
+        false
+    }
+
     /// The machine will not run here: everything made for it goes away again.
     fn abort(&mut self);
 }

@@ -21,10 +21,9 @@ pub struct Options {
     pub limits: Limits,
     /// For old versions of hot pages, to send differences to.
     pub delta_cache_bytes: usize,
-    /// A peer that makes no progress for so long has stalled.
+    /// A peer that makes no progress for so long has stalled. What takes the other side its time does not count: it gives
+    /// signs of life meanwhile.
     pub stall: Duration,
-    /// For what takes the other side its time: building the machine, loading its state.
-    pub patience: Duration,
     /// How long to try to get a broken link back. Zero: not at all.
     pub reconnect_for: Duration,
     /// How long to ask for the other side's word after the go-ahead, before giving up in doubt.
@@ -47,7 +46,6 @@ impl Options {
             limits: Limits::default(),
             delta_cache_bytes: 24 << 20,
             stall: Duration::from_secs(10),
-            patience: Duration::from_secs(120),
             reconnect_for: Duration::from_secs(30),
             doubt_for: Duration::from_secs(30),
             switch_fixed: Duration::from_millis(30),

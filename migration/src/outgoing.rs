@@ -24,6 +24,7 @@ use crate::pacing::Pace;
 use crate::pages::cache::DeltaCache;
 use crate::pages::encode::Memory;
 use crate::pages::sent::SentHashes;
+use crate::policy::{self, DeadlineAction};
 use crate::report::{Checks, Downtime, Event, Outcome, Report};
 use crate::talk::{Broke, Talk};
 use crate::wire::{Message, Stage};
@@ -208,6 +209,7 @@ impl<'a> Crossing<'a> {
             None if self.departure.is_none() => failure.whereabouts = Whereabouts::Here,
             None => {
                 drop(self.custody.take());
+                self.cargo.iter().for_each(|cargo| cargo.source.stop_tracking());
                 self.world.machine.stranded();
                 failure.whereabouts = Whereabouts::Unknown;
             }
@@ -251,8 +253,26 @@ impl<'a> Crossing<'a> {
     }
 
     fn hear(&mut self, _asked: &str, within: Duration) -> Result<Message, Broke> {
-        let handle = self.world.handle;
-        self.talk.hear(self.world.clock, within, &|| cancelled(handle))
+        let (handle, clock, late) = (self.world.handle, self.world.clock, self.late_at());
+        self.talk.hear(clock, within, &|| {
+            cancelled(handle).or_else(|| is_late(clock, late))
+        })
+    }
+
+    /// Why the crossing must not go on, if so: looked at wherever something is waited for.
+    fn interrupted(&self) -> Option<Reason> {
+        cancelled(self.world.handle).or_else(|| is_late(self.world.clock, self.late_at()))
+    }
+
+    /// When a deadline ends the crossing, and what it was. From the switch on nothing is gained by giving up: the rest
+    /// takes no longer than the way back.
+    fn late_at(&self) -> Option<Late> {
+        let limit = self.options.limits.deadline?;
+        let ends = self.phase < Phase::Pause && self.options.limits.on_deadline == DeadlineAction::Cancel;
+        ends.then_some(Late {
+            limit,
+            start: self.start,
+        })
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), Reason> {
@@ -329,7 +349,28 @@ const SHOW_EVERY: Duration = Duration::from_millis(200);
 const REPORT_ROUND: Duration = Duration::from_secs(1);
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 const FAREWELL: Duration = Duration::from_secs(2);
+/// How long a side that gives up may take to say why after it closed a lane.
+const LAST_WORD: Duration = Duration::from_secs(1);
 const NAMES_AT_ONCE: u64 = 1024;
+
+/// The deadline of a crossing that is to end at it.
+#[derive(Clone, Copy)]
+struct Late {
+    limit: Duration,
+    start: Duration,
+}
+
+fn is_late(clock: &dyn Clock, late: Option<Late>) -> Option<Reason> {
+    let Late { limit, start } = late?;
+    let took = clock.now().saturating_sub(start);
+    (took >= limit).then(|| {
+        let sentence = policy::Reason::Deadline {
+            elapsed_secs: took.as_secs_f64(),
+            limit_secs: limit.as_secs_f64(),
+        };
+        Reason::new(Cause::Deadline, sentence.to_string())
+    })
+}
 
 fn cancelled(handle: &Handle) -> Option<Reason> {
     handle

@@ -4,17 +4,17 @@
 use std::cell::RefCell;
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
 use crate::arrivals::{Desk, Progress};
 use crate::clock::Clock;
 use crate::failure::{Cause, Phase, Reason};
 use crate::handover::{Ledger, SessionId};
-use crate::incoming::{Incoming, Room, Terms};
+use crate::incoming::{Incoming, Over, Reply, Room, Terms};
 use crate::link::{LinkError, Peer};
 use crate::machine::IncomingMachine;
 use crate::transport::{Arrival, Stream, StreamPeer};
@@ -54,6 +54,16 @@ pub struct Received {
     pub taken: bool,
     /// Why not, or why the crossing ended as it did.
     pub reason: Option<Reason>,
+}
+
+impl Over {
+    fn received(&self) -> Received {
+        Received {
+            session: self.session,
+            taken: self.taken,
+            reason: self.reason.clone(),
+        }
+    }
 }
 
 /// Receives one machine. `arrivals` are connections that have greeted (see `transport::Listener`); a caller that
@@ -136,8 +146,8 @@ fn sort_arrivals(
     while !over.load(Ordering::Acquire) {
         let arrival = match arrivals.recv_timeout(GLANCE) {
             Ok(arrival) => arrival,
-            Err(crossbeam::channel::RecvTimeoutError::Timeout) => continue,
-            Err(crossbeam::channel::RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
         };
         match arrival.greeting {
             Greeting::Control { session, .. } => {
@@ -241,18 +251,22 @@ impl Control<'_> {
         let mut peer: Option<ControlPeer> = None;
         let mut since = self.clock.now();
         loop {
-            if let Some(received) = self.ended(since) {
+            if let Some(received) = self.ended(since, peer.is_some()) {
                 return received;
             }
             let waiting = if peer.is_some() { Duration::ZERO } else { GLANCE };
-            if let Ok((session, stream)) = self.controls.recv_timeout(waiting) {
-                if let Some(new) = self.welcome(session, stream) {
-                    // A newer connection of the same crossing: the older one is dead, even if it does not know.
-                    self.link_lost();
-                    peer = Some(new);
-                    since = self.clock.now();
+            match self.controls.recv_timeout(waiting) {
+                Ok((session, stream)) => {
+                    if let Some(new) = self.welcome(session, stream) {
+                        // A newer connection of the same crossing: the older one is dead, even if it does not know.
+                        self.link_lost();
+                        peer = Some(new);
+                        since = self.clock.now();
+                    }
+                    continue;
                 }
-                continue;
+                Err(RecvTimeoutError::Disconnected) if peer.is_none() => return self.alone(),
+                Err(_) => {}
             }
             let Some(connection) = peer.as_mut() else {
                 if self.stop.load(Ordering::Acquire) && matches!(self.incoming, Incoming::Listening) {
@@ -284,21 +298,36 @@ impl Control<'_> {
         }
     }
 
+    /// Nobody can come any more: what is not here by now never will be.
+    fn alone(&mut self) -> Received {
+        let reason = Reason::new(Cause::Link, "the other side closed the connection");
+        self.with_room(
+            |incoming, room| (incoming.give_up(reason, room), ()),
+            &|desk, frames| desk.progress(frames),
+        );
+        match &self.incoming {
+            Incoming::Over(over) => over.received(),
+            running => Received {
+                session: running.session(),
+                taken: true,
+                reason: None,
+            },
+        }
+    }
+
     /// Whether there is nothing more to do. `since`: the last sign of the other side.
-    fn ended(&mut self, since: Duration) -> Option<Received> {
+    fn ended(&mut self, since: Duration, connected: bool) -> Option<Received> {
         let silent = self.clock.now().saturating_sub(since);
         match &self.incoming {
             Incoming::Over(over) => {
-                let (session, taken, reason) = (over.session, over.taken, over.reason.clone());
-                let unheard = taken && !over.finished;
-                // Taken, and the other side may not know: it can still ask.
-                (!unheard || silent >= self.options.doubt_for).then_some(Received {
-                    session,
-                    taken,
-                    reason,
-                })
+                let unheard = over.taken && !over.finished;
+                // Taken, and the other side may not know: it can still ask, as long as there is a machine.
+                (!unheard || silent >= self.options.doubt_for || self.machine.is_over())
+                    .then(|| over.received())
             }
-            Incoming::Copying(_) | Incoming::Loaded(_) if silent >= self.options.reconnect_for => {
+            Incoming::Copying(_) | Incoming::Loaded(_)
+                if !connected && silent >= self.options.reconnect_for =>
+            {
                 let reason = Reason::new(
                     Cause::Stalled,
                     format!(
@@ -365,6 +394,10 @@ impl Control<'_> {
             );
             return false;
         }
+        if self.desk.is_broken() && matches!(self.incoming, Incoming::Copying(_)) {
+            // Hanging up brings the other side back with new lanes, sooner than it would find out itself.
+            return false;
+        }
         if self.desk.moved_since_last_look() {
             *since = self.clock.now();
         }
@@ -387,14 +420,56 @@ impl Control<'_> {
             }
         };
         let (clock, stall) = (self.clock, self.options.stall);
-        let talking = RefCell::new(peer);
-        let wait = |desk: &Desk, frames: &[u64]| wait_for_lanes(desk, frames, &talking, clock, stall);
-        let reply = self.with_room(|incoming, room| incoming.handle(message, room), &wait);
+        let reply = match message {
+            Message::Prepare | Message::Verify | Message::Load { .. } | Message::Go { .. } => {
+                self.handle_long(message, peer)
+            }
+            message => {
+                let talking = RefCell::new(&mut *peer);
+                let wait = |desk: &Desk, frames: &[u64]| wait_for_lanes(desk, frames, &talking, clock, stall);
+                self.with_room(|incoming, room| incoming.handle(message, room), &wait)
+            }
+        };
         let mut open = !reply.close;
         if let Some(message) = reply.message {
-            open &= talking.borrow_mut().send(&message.encode()).is_ok();
+            open &= peer.send(&message.encode()).is_ok();
         }
         open
+    }
+
+    /// Does what may take long on a thread of its own, and gives signs of life meanwhile: the other side, whose machine
+    /// may stand still, can tell this from a link that is gone.
+    fn handle_long(&mut self, message: Message, peer: &mut ControlPeer) -> Reply {
+        let desk = self.desk;
+        let (done, is_done) = crossbeam::channel::bounded::<()>(0);
+        let work = Mutex::new(Some((message, done)));
+        let this = Mutex::new(&mut *self);
+        let act = || {
+            let (message, _done) = lock(&work).take()?;
+            let reply = lock(&this).with_room(
+                |incoming, room| incoming.handle(message, room),
+                &|desk, frames| desk.progress(frames),
+            );
+            Some(reply)
+        };
+        let reply = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("handling".into());
+            let Ok(thread) = thread.spawn_scoped(scope, act) else {
+                return act();
+            };
+            while is_done.recv_timeout(SIGN_OF_LIFE) == Err(RecvTimeoutError::Timeout) {
+                let frames = desk.total();
+                // A link that is gone is noticed with the answer.
+                let _ = peer.send(&Message::Working { frames }.encode());
+            }
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        reply.unwrap_or(Reply {
+            message: None,
+            close: true,
+        })
     }
 
     fn with_room<T>(
@@ -414,6 +489,10 @@ impl Control<'_> {
         self.incoming = now;
         made
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits as long as something moves, and says so to the other side.

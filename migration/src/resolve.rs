@@ -41,6 +41,10 @@ pub fn resolve(
     within: Duration,
 ) -> Result<Resolved, Reason> {
     let mut departure = Departure::reopen(record)?;
+    if ledger.read(record.session, Side::Outgoing)?.as_ref() != Some(record) {
+        let message = format!("crossing {} was settled meanwhile", record.session);
+        return Err(Reason::new(Cause::Ledger, message));
+    }
     let evidence = |theirs, message: String| Evidence {
         ours: record.clone(),
         theirs,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::carrier::Cargo;
 use crate::failure::{Cause, Failure, Phase, Reason};
 use crate::handover::Departure;
+use crate::link::LinkErrorKind;
 use crate::machine::Offer;
 use crate::pages::cache::DeltaCache;
 use crate::pages::encode::Memory;
@@ -84,7 +85,7 @@ impl Crossing<'_> {
                 crossing.greet_and_offer(&offer)?;
             }
             crossing.talk.say(&Message::Prepare)?;
-            match crossing.hear("Prepare", crossing.options.patience)? {
+            match crossing.hear("Prepare", crossing.options.stall)? {
                 Message::Prepared { libraries } => crossing.libraries = libraries,
                 other => return Err(Broke::unexpected(&other, "Prepare")),
             }
@@ -104,11 +105,19 @@ impl Crossing<'_> {
         loop {
             match step(self) {
                 Ok(()) => return Ok(()),
-                // The receiver was never reached: trying again is the user's decision.
-                Err(Broke::Link(error)) if !self.reached => {
-                    return Err(self.broke(Broke::Link(error)));
+                Err(Broke::Link(error)) => {
+                    if let Some(word) = self.last_word(&error) {
+                        return Err(self.broke(word));
+                    }
+                    // Nobody there, or somebody else: trying again is the user's decision.
+                    let stranger = self.peer_ledger.is_none()
+                        && matches!(error.kind, LinkErrorKind::Refused | LinkErrorKind::Malformed);
+                    let again = self.reached && !stranger && self.world.link.reconnects();
+                    if !again || self.world.clock.now() >= until {
+                        return Err(self.broke(Broke::Link(error)));
+                    }
+                    self.wait_to_retry(&error)?;
                 }
-                Err(Broke::Link(error)) if self.world.clock.now() < until => self.wait_to_retry(&error)?,
                 Err(broke) => return Err(self.broke(broke)),
             }
         }

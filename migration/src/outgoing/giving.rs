@@ -41,7 +41,7 @@ impl Crossing<'_> {
                         Some(doubt) => Broke::here(Reason::new(Cause::Link, doubt)),
                     }
                 }
-                broke if self.world.clock.now() >= until => {
+                broke if self.world.clock.now() >= until || !self.world.link.reconnects() => {
                     let mut failure = self.broke(broke);
                     failure.whereabouts = Whereabouts::Unknown;
                     return Err(failure);
@@ -59,11 +59,7 @@ impl Crossing<'_> {
             return broke;
         }
         // Cancelling has no effect any more.
-        match self.talk.hear(
-            self.world.clock,
-            self.options.patience.min(self.options.doubt_for),
-            &|| None,
-        ) {
+        match self.talk.hear(self.world.clock, self.options.stall, &|| None) {
             Ok(Message::Running { took }) => {
                 self.report.downtime.resume_there = took;
                 match self.peer_ledger {

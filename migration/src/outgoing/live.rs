@@ -13,7 +13,9 @@ use crate::talk::Broke;
 use crate::units::UnitSet;
 use crate::wire::{Message, VERSION_WITH_NAMES};
 
-use super::{Crossing, LOOK_EVERY, NAMES_AT_ONCE, REPORT_ROUND, SHOW_EVERY, cancelled, carry_broke, lock};
+use super::{
+    Crossing, LOOK_EVERY, NAMES_AT_ONCE, REPORT_ROUND, SHOW_EVERY, cancelled, carry_broke, is_late, lock,
+};
 
 impl Crossing<'_> {
     pub(super) fn copy_live(&mut self) -> Result<(), Failure> {
@@ -24,7 +26,7 @@ impl Crossing<'_> {
             usize::from(self.lanes),
             Arc::clone(&self.memory),
         ));
-        let copying = Copying::begin(&self.cargo, self.world.clock, &self.options.limits);
+        let copying = Copying::begin(&self.cargo, self.world.clock, self.start, &self.options.limits);
         self.copying = Some(self.or_fail(copying.map_err(Reason::from))?);
         self.copy_known()?;
         while let Some((decision, reason)) = self.decide()? {
@@ -39,7 +41,7 @@ impl Crossing<'_> {
     fn decide(&mut self) -> Result<Option<(Decision, String)>, Failure> {
         let fit = self.world.machine.check();
         self.or_fail(fit)?;
-        if let Some(reason) = cancelled(self.world.handle) {
+        if let Some(reason) = self.interrupted() {
             return Err(self.fail(Side::Outgoing, reason));
         }
         let fixed = self.options.switch_fixed;
@@ -105,7 +107,7 @@ impl Crossing<'_> {
     }
 
     fn slice(&mut self, decision: &Decision, reason: &str) -> Result<(), Broke> {
-        let at = self.now();
+        let (at, late) = (self.now(), self.late_at());
         let Some(copying) = self.copying.as_mut() else {
             return Ok(());
         };
@@ -141,7 +143,7 @@ impl Crossing<'_> {
                 .map(|round| round.wire_bytes)
                 .sum::<u64>();
         let mut tick = |sent_bytes: u64| {
-            if let Some(reason) = cancelled(handle) {
+            if let Some(reason) = cancelled(handle).or_else(|| is_late(clock, late)) {
                 stopped = Some(reason);
                 return Tick::Stop;
             }

@@ -6,7 +6,7 @@ use crate::report::Event;
 use crate::talk::Broke;
 use crate::wire::{Message, Purpose, Stage};
 
-use super::{Crossing, FAREWELL, RETRY_AFTER, cancelled};
+use super::{Crossing, FAREWELL, LAST_WORD, RETRY_AFTER};
 
 impl Crossing<'_> {
     /// Mends the link, or says why not.
@@ -15,6 +15,12 @@ impl Crossing<'_> {
             Broke::Link(error) => error,
             broke => return Err(self.broke(broke)),
         };
+        if let Some(word) = self.last_word(&why) {
+            return Err(self.broke(word));
+        }
+        if !self.world.link.reconnects() {
+            return Err(self.broke(Broke::Link(why)));
+        }
         let until = self.world.clock.now() + self.options.reconnect_for;
         loop {
             if self.world.clock.now() >= until {
@@ -25,6 +31,24 @@ impl Crossing<'_> {
                 Ok(()) => return Ok(()),
                 Err(Broke::Link(error)) => why = error,
                 Err(broke) => return Err(self.broke(broke)),
+            }
+        }
+    }
+
+    /// A side that gives up closes its lanes and says why on the control connection, which may still hold it when a
+    /// lane is already found broken. Where the link itself broke, both ends of it are closed and this takes no time.
+    pub(super) fn last_word(&mut self, why: &LinkError) -> Option<Broke> {
+        if why.kind == LinkErrorKind::Stalled {
+            return None;
+        }
+        let until = self.world.clock.now() + LAST_WORD;
+        loop {
+            let left = until.saturating_sub(self.world.clock.now());
+            match self.hear("", left) {
+                // The answer to something that was asked before.
+                Ok(_) => {}
+                Err(Broke::Link(_)) => return None,
+                Err(word) => return Some(word),
             }
         }
     }
@@ -43,7 +67,7 @@ impl Crossing<'_> {
             self.world.clock.sleep(RETRY_AFTER);
         }
         self.report.reconnects += 1;
-        match cancelled(self.world.handle) {
+        match self.interrupted() {
             Some(reason) => Err(self.fail(Side::Outgoing, reason)),
             None => Ok(()),
         }

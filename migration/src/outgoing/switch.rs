@@ -105,7 +105,7 @@ impl Crossing<'_> {
                 .names()
                 .map_err(|error| Broke::here(Reason::from(error)))?;
             crossing.hear_rest_held()?;
-            let theirs = match crossing.hear("Verify", crossing.options.patience)? {
+            let theirs = match crossing.hear("Verify", crossing.options.stall)? {
                 Message::Hashes { names, .. } => names,
                 other => return Err(Broke::unexpected(&other, "Verify")),
             };
@@ -155,7 +155,7 @@ impl Crossing<'_> {
             let took = crossing.mark();
             crossing.report.downtime.send_state += took;
             crossing.hear_rest_held()?;
-            match crossing.hear("Load", crossing.options.patience)? {
+            match crossing.hear("Load", crossing.options.stall)? {
                 Message::Loaded { loaded } => crossing.report.downtime.load_there = loaded,
                 other => return Err(Broke::unexpected(&other, "Load")),
             }

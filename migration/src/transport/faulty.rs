@@ -113,6 +113,10 @@ impl<L: Link> Link for Faulty<L> {
         self.link.most_lanes()
     }
 
+    fn reconnects(&self) -> bool {
+        self.link.reconnects()
+    }
+
     fn parallel(&self) -> bool {
         self.link.parallel()
     }

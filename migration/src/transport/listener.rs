@@ -1,19 +1,23 @@
 //! The receiver's ear: connections as they arrive, each with its greeting.
 
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::failure::{Cause, Phase, Reason};
 use crate::link::{LinkError, LinkErrorKind};
-use crate::wire::Greeting;
+use crate::wire::{Greeting, Message, envelope};
 
 use super::address::Address;
 use super::socket::Socket;
 use super::stream::{Stream, link_error};
-use super::tls::Tls;
+use super::tls::{Tls, TlsStream};
+
+/// How long a stranger that was turned away is listened to.
+const READ_ON: Duration = Duration::from_secs(1);
 
 /// A connection that greeted as a peer of ours does.
 pub struct Arrival {
@@ -126,9 +130,39 @@ impl Listener {
         })?;
         let stream: Box<dyn Stream> = match &self.tls {
             None => Box::new(socket),
-            Some(tls) => Box::new(tls.accept(socket, self.stall)?),
+            Some(tls) => {
+                let mut stream = tls.accept(socket, self.stall)?;
+                if let Err(stranger) = tls.check_allowed(&stream) {
+                    if matches!(greeting, Greeting::Control { .. }) {
+                        turn_away(&mut stream);
+                    }
+                    return Err(stranger);
+                }
+                Box::new(stream)
+            }
         };
         Ok(Arrival { greeting, stream })
+    }
+}
+
+/// A host that is known and not allowed hears so, instead of finding a closed door.
+fn turn_away(stream: &mut TlsStream) {
+    let message = Message::Refused {
+        phase: Phase::Negotiate,
+        reason: Reason::new(
+            Cause::NotAllowed,
+            "this host's certificate has a name that is not one of those that may send machines there",
+        ),
+    }
+    .encode();
+    let said = stream
+        .write_all(&envelope(&message))
+        .and_then(|()| stream.write_all(&message))
+        .and_then(|()| stream.flush())
+        .and_then(|()| stream.set_read_limit(READ_ON));
+    if said.is_ok() {
+        // What it says meanwhile is read, so that closing does not take the answer away from it.
+        let _ = stream.read(&mut [0; 4096]);
     }
 }
 

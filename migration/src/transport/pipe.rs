@@ -213,6 +213,10 @@ impl Link for PipeLink {
     fn most_lanes(&self) -> u16 {
         1
     }
+
+    fn reconnects(&self) -> bool {
+        false
+    }
 }
 
 /// The incoming side's end of a pipe.

@@ -47,6 +47,7 @@ pub(super) fn link_error(doing: &str, error: io::Error) -> LinkError {
 pub struct StreamPeer<S> {
     stream: S,
     stall: Duration,
+    heard: bool,
 }
 
 impl<S: Stream> StreamPeer<S> {
@@ -55,7 +56,11 @@ impl<S: Stream> StreamPeer<S> {
         stream
             .set_write_limit(stall)
             .map_err(|error| link_error("the connection could not be set up", error))?;
-        Ok(StreamPeer { stream, stall })
+        Ok(StreamPeer {
+            stream,
+            stall,
+            heard: false,
+        })
     }
 
     fn fill(&mut self, buffer: &mut [u8]) -> Result<(), LinkError> {
@@ -89,6 +94,13 @@ impl<S: Stream> Peer for StreamPeer<S> {
                 Err(error) => return Err(failed(error)),
             }
         };
+        // A TLS alert about what we said in the clear. As a length it would be far longer than any first message is.
+        if !std::mem::replace(&mut self.heard, true) && first >= 5 && matches!(head, [0x15, 3, _, 0, 2, ..]) {
+            return Err(LinkError::new(
+                LinkErrorKind::Refused,
+                "the other side speaks TLS; name this host's keys with --tls",
+            ));
+        }
         self.stream.set_read_limit(self.stall).map_err(failed)?;
         self.fill(head.get_mut(first..).unwrap_or_default())?;
         let malformed =

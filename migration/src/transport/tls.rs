@@ -93,20 +93,28 @@ impl Tls {
             .map_err(|_| refused(format!("{host:?} is not a name that a certificate can hold")))?;
         let connection = ClientConnection::new(Arc::clone(&self.client), name)
             .map_err(|error| refused(format!("TLS with {host} cannot begin: {error}")))?;
-        TlsStream::shake_hands(Connection::Client(connection), socket, stall)
-            .map_err(|error| say_why(error, &format!("TLS with {host}")))
+        TlsStream::shake_hands(Connection::Client(connection), socket, stall).map_err(|error| {
+            let plain = matches!(
+                error.kind(),
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
+            );
+            let mut error = say_why(error, &format!("TLS with {host}"));
+            if plain {
+                error.message.push_str("; does the receiver there use --tls?");
+            }
+            error
+        })
     }
 
     pub(super) fn accept(&self, socket: Socket, stall: Duration) -> Result<TlsStream, LinkError> {
         let connection = ServerConnection::new(Arc::clone(&self.server))
             .map_err(|error| refused(format!("TLS with a peer cannot begin: {error}")))?;
-        let stream = TlsStream::shake_hands(Connection::Server(connection), socket, stall)
-            .map_err(|error| say_why(error, "TLS with a peer"))?;
-        self.check_allowed(&stream)?;
-        Ok(stream)
+        TlsStream::shake_hands(Connection::Server(connection), socket, stall)
+            .map_err(|error| say_why(error, "TLS with a peer"))
     }
 
-    fn check_allowed(&self, stream: &TlsStream) -> Result<(), LinkError> {
+    /// Whether the peer is one of those that may send machines here.
+    pub(super) fn check_allowed(&self, stream: &TlsStream) -> Result<(), LinkError> {
         if self.allow.is_empty() {
             return Ok(());
         }
