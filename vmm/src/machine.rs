@@ -1,6 +1,7 @@
 //! A machine: its memory, vCPUs and devices, and the few verbs that move it through its life. All verbs take `&self`
 //! and may be called from any thread; they wait for each other.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,8 @@ pub struct Machine {
     keeper: Arc<Keeper>,
     throttle: Throttle,
     body: Mutex<Option<Body>>,
+    /// A crossing stopped it and alone sets it going again. Read and changed under the lock on `body`.
+    held: AtomicBool,
 }
 
 /// Knows the machine's state and how to stop its vCPUs. This is what vCPUs and devices report to.
@@ -149,6 +152,7 @@ impl Machine {
             keeper: Arc::default(),
             throttle: Throttle::default(),
             body: Mutex::new(None),
+            held: AtomicBool::new(false),
         };
         *machine.body() = Some(machine.build()?);
         Ok(machine)
@@ -186,10 +190,56 @@ impl Machine {
 
     fn go(&self, event: Event) -> Result<()> {
         let body = self.body();
+        self.may_go()?;
+        self.go_body(body.as_ref().ok_or_else(gone)?, event)
+    }
+
+    fn may_go(&self) -> Result<()> {
+        if self.is_held() {
+            return Err(MachineError::Host(
+                "the machine stands still for its crossing and runs on by itself, here or at the other side"
+                    .into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Stops the guest for the switch of a crossing; one that was `paused` already stays so. Until `let_go` nobody can set
+    /// it going here: it may run elsewhere by then.
+    pub fn hold(&self, paused: bool) -> Result<()> {
+        let body = self.body();
         let body = body.as_ref().ok_or_else(gone)?;
-        // A machine that cannot join its network does not run, and stays as it was.
+        if !paused {
+            self.pause_body(body)?;
+        } else if self.state() != State::Paused {
+            return Err(MachineError::Host(
+                "the machine was resumed while it crossed".into(),
+            ));
+        }
+        self.held.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// The machine stays here after all, and runs again unless it was paused before.
+    pub fn let_go(&self, resume: bool) -> Result<()> {
+        let body = self.body();
+        let held = self.held.swap(false, Ordering::AcqRel);
+        if held && resume && self.state() == State::Paused {
+            self.go_body(body.as_ref().ok_or_else(gone)?, Event::Resume)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a crossing's switch has begun.
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire)
+    }
+
+    fn go_body(&self, body: &Body, event: Event) -> Result<()> {
+        // A machine that cannot have its disks or join its network does not run, and stays as it was.
         let was_paused = self.state() == State::Paused;
         next(&self.state(), event.clone())?;
+        self.resources.take_disks()?;
         self.resources.join_network()?;
         self.keeper.life.apply(event)?;
         body.run(&self.caps, was_paused);
@@ -267,6 +317,7 @@ impl Machine {
         let mut slot = self.body();
         let begun = Instant::now();
         let body = slot.as_ref().ok_or_else(gone)?;
+        self.may_go()?;
         if body.vm.is_logging() {
             return Err(MachineError::Host(
                 "the machine is on a crossing; pulse it afterwards".into(),

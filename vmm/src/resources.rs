@@ -39,6 +39,14 @@ impl Resources {
         })
     }
 
+    /// The machine's images are this machine's, again if a crossing had given them up.
+    pub(crate) fn take_disks(&self) -> Result<()> {
+        self.disks.iter().try_for_each(|disk| {
+            disk.take_lock()
+                .map_err(|error| MachineError::Host(error.to_string()))
+        })
+    }
+
     /// The machine's network interfaces come up: it runs here.
     pub(crate) fn join_network(&self) -> Result<()> {
         self.taps

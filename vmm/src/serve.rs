@@ -105,11 +105,11 @@ impl Serving {
     /// `id` stays the machine's own over all its crossings.
     pub fn open(dir: RunDir, outside: Outside, machine: Arc<Machine>, id: MachineId) -> Result<Serving> {
         let crossings = Arc::new(Crossings::new(id, dir.base()));
-        let control = Control::new(dir.name().clone(), machine.clone(), crossings);
+        let control = Control::new(dir.name().clone(), machine.clone(), crossings.clone());
         let _context = outside.runtime.enter();
         let listener = control::listen(&dir.control_socket()).map_err(host("make the control socket"))?;
         let answering = tokio::spawn(control.clone().serve(listener, ended(machine.clone())));
-        end_on_signals(machine).map_err(host("listen for signals"))?;
+        end_on_signals(machine, crossings).map_err(host("listen for signals"))?;
         drop(_context);
         Ok(Serving {
             dir,
@@ -164,18 +164,22 @@ async fn ended(machine: Arc<Machine>) {
 }
 
 /// A process manager's SIGTERM, Ctrl-C or a closed terminal ends the machine in good order.
-fn end_on_signals(machine: Arc<Machine>) -> io::Result<()> {
+fn end_on_signals(machine: Arc<Machine>, crossings: Arc<Crossings>) -> io::Result<()> {
     for kind in [
         SignalKind::terminate(),
         SignalKind::interrupt(),
         SignalKind::hangup(),
     ] {
-        let (mut signals, machine) = (signal(kind)?, machine.clone());
+        let (mut signals, machine, crossings) = (signal(kind)?, machine.clone(), crossings.clone());
         tokio::spawn(async move {
             while signals.recv().await.is_some() {
                 tracing::info!("a signal asks the machine to end");
-                let machine = machine.clone();
-                let stopped = tokio::task::spawn_blocking(move || machine.stop(StopReason::Requested)).await;
+                let (machine, crossings) = (machine.clone(), crossings.clone());
+                let stopped = tokio::task::spawn_blocking(move || {
+                    crossings.end();
+                    machine.stop(StopReason::Requested)
+                })
+                .await;
                 if let Ok(Err(error)) = stopped {
                     tracing::error!("the machine did not stop: {error}");
                 }

@@ -11,9 +11,10 @@ use ferry_migration::failure::Whereabouts;
 use ferry_migration::pages::encode::Compression;
 use ferry_migration::policy::{DeadlineAction, Limits, Policy};
 use ferry_migration::report::{Event, Report};
-use ferry_vmm::control::client::Client;
+use ferry_vmm::control::client::{Client, ClientError};
 use ferry_vmm::crossing::request::{CrossingLine, CrossingRequest};
 use ferry_vmm::name::Name;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::Globals;
 use crate::failure::Usage;
@@ -57,7 +58,7 @@ pub struct MigrateArgs {
     /// How long the machine may stand still
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = time)]
     pub downtime: Duration,
-    /// How long the crossing may take
+    /// How long the crossing may take, from the moment it is asked for to the switch
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub deadline: Option<Duration>,
     /// What happens at the deadline: cancel, pause (stop the machine and copy the rest) or continue
@@ -185,6 +186,7 @@ pub fn run(args: &MigrateArgs, globals: &Globals) -> Result<ExitCode> {
             Some(tunnel) => format!("pipe:{}", tunnel.socket().display()),
             None => destination.to_owned(),
         },
+        named: tunnel.is_some().then(|| destination.to_owned()),
         tls: args
             .tls
             .as_deref()
@@ -199,14 +201,22 @@ pub fn run(args: &MigrateArgs, globals: &Globals) -> Result<ExitCode> {
         stall: args.stall,
         reconnect_for: args.reconnect,
     };
+    cancel_on_signals(&args.name, globals)?;
     let mut report = None;
     let mut screen = Screen::new(args.json);
-    client.cross(&request, |line| {
+    let mut begun = false;
+    let told = client.cross(&request, |line| {
+        begun = true;
         screen.show(&line);
         if let CrossingLine::Report(found) = line {
             report = Some(*found);
         }
-    })?;
+    });
+    match told {
+        // Its process is gone, which is said below.
+        Err(ClientError::NoAnswer { .. }) if begun => {}
+        other => other?,
+    }
     screen.clear();
     drop(tunnel);
     let report = report.ok_or_else(|| {
@@ -221,6 +231,40 @@ pub fn run(args: &MigrateArgs, globals: &Globals) -> Result<ExitCode> {
             .with_context(|| format!("could not write the report to {}", path.display()))?;
     }
     finish(&report, destination, args)
+}
+
+/// Ctrl-C cancels, and the last line still says where the machine is. Who presses it again does not wait for that.
+fn cancel_on_signals(name: &Name, globals: &Globals) -> Result<()> {
+    let client = Client::of(&globals.base()?.alive(name)?)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("could not listen for signals")?;
+    let listen = |kind| {
+        let _context = runtime.enter();
+        signal(kind).context("could not listen for signals")
+    };
+    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    let name = name.clone();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for _ in 0..2 {
+                runtime.block_on(async {
+                    tokio::select! {
+                        _ = interrupt.recv() => {}
+                        _ = terminate.recv() => {}
+                    }
+                });
+                eprintln!("cancelling the crossing of {name}");
+                if client.cancel_crossing().is_err() {
+                    break;
+                }
+            }
+            std::process::exit(130);
+        })
+        .context("could not start a thread")?;
+    Ok(())
 }
 
 fn finish(report: &Report, destination: &str, args: &MigrateArgs) -> Result<ExitCode> {
@@ -273,6 +317,8 @@ struct Screen {
     drawn: bool,
     last: (Duration, u64),
     rate: f64,
+    /// Why the link broke, as it was said last.
+    broken: Option<String>,
 }
 
 impl Screen {
@@ -284,6 +330,7 @@ impl Screen {
             drawn: false,
             last: (Duration::ZERO, 0),
             rate: 0.0,
+            broken: None,
         }
     }
 
@@ -358,12 +405,18 @@ impl Screen {
                 );
                 self.print(&text);
             }
+            // Many tries may fail for the same reason.
+            Event::Reconnecting { why, .. } if self.broken.as_ref() == Some(why) => {}
             Event::Reconnecting { why, attempt, .. } => {
                 self.print(&format!(
                     "the link broke ({why}); connecting again (attempt {attempt})"
                 ));
+                self.broken = Some(why.clone());
             }
-            Event::Reconnected { .. } => self.print("the link is back; the crossing goes on"),
+            Event::Reconnected { .. } => {
+                self.broken = None;
+                self.print("the link is back; the crossing goes on");
+            }
             Event::Throttle { percent, .. } => {
                 self.print(&format!("the machine's CPUs are slowed by {percent} %"))
             }

@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
+use ferry_migration::cost::parse_duration;
 use ferry_migration::receiver::ReceiveOptions;
 use ferry_migration::transport::{Address, Listener, Tls};
 use ferry_vmm::config::{DiskFormat, SerialTarget};
@@ -72,6 +73,9 @@ pub struct ReceiveArgs {
     /// Listen at an address that others can reach, without any protection
     #[arg(long, conflicts_with = "tls")]
     pub insecure_plaintext: bool,
+    /// How long to wait for a broken link to come back before a machine that is coming is given up
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    pub reconnect: Duration,
     /// The most memory a machine may have
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<ByteSize>,
@@ -162,8 +166,8 @@ pub fn run(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode> {
     let address = listener.address().context("could not tell where it listens")?;
     if args.once {
         eprintln!("waiting for a machine at {address}");
-        let arrivals = arrive::connections(listener)?;
-        return serve_one(args, globals, &arrivals, |name| {
+        let connections = arrive::connections(listener)?;
+        return serve_one(args, globals, connections, |name| {
             eprintln!("{name} is here and runs")
         });
     }
@@ -175,16 +179,15 @@ pub fn run(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode> {
 fn serve_one(
     args: &ReceiveArgs,
     globals: &Globals,
-    arrivals: &crossbeam::channel::Receiver<ferry_migration::transport::Arrival>,
+    connections: arrive::Connections,
     taken: impl FnOnce(&Name),
 ) -> Result<ExitCode> {
     let stop = AtomicBool::new(false);
-    let (received, arrived) = arrive::one(
-        args.reception(globals)?,
-        arrivals,
-        &stop,
-        &ReceiveOptions::default(),
-    )?;
+    let options = ReceiveOptions {
+        reconnect_for: args.reconnect,
+        ..ReceiveOptions::default()
+    };
+    let (received, arrived) = arrive::one(args.reception(globals)?, connections, &stop, &options)?;
     let Some(arrived) = arrived else {
         return Err(match received.reason {
             Some(reason) => anyhow!("no machine came: {reason}; the machine is at the other side"),
@@ -207,8 +210,8 @@ fn one_by_stdio(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode> {
     };
     let reader = owned(std::io::stdin().as_fd().try_clone_to_owned())?;
     let writer = owned(std::io::stdout().as_fd().try_clone_to_owned())?;
-    let arrivals = arrive::pipe_connections(reader, writer, STALL)?;
-    serve_one(args, globals, &arrivals, |_| run_detached::let_go())
+    let connections = arrive::pipe_connections(reader, writer, STALL)?;
+    serve_one(args, globals, connections, |_| run_detached::let_go())
 }
 
 /// One process after the other waits for a machine; all listen at the same socket, which is handed on.
@@ -274,8 +277,8 @@ fn one_for_the_parent(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode>
         .context("could not take the socket over")?;
     let unix = matches!(args.address, Some(Address::Unix(_)));
     let listener = Listener::from_socket(socket, unix, args.tls()?, STALL);
-    let arrivals = arrive::connections(listener)?;
-    serve_one(args, globals, &arrivals, |name| {
+    let connections = arrive::connections(listener)?;
+    serve_one(args, globals, connections, |name| {
         let _ = writeln!(std::io::stdout(), "{name}").and_then(|()| std::io::stdout().flush());
         run_detached::let_go();
     })

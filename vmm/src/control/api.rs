@@ -1,8 +1,10 @@
 //! What is said over the control socket, the same types on both sides.
 
+use std::path::PathBuf;
 use std::time::SystemTime;
 
 use ferry_devices::virtio::balloon::GuestMemoryStats;
+use ferry_migration::failure::Whereabouts;
 use serde::{Deserialize, Serialize};
 
 use crate::lifecycle::State;
@@ -118,12 +120,35 @@ impl Event {
     }
 }
 
-/// The body of `POST /v1/resolve`: the user's word on where a machine in doubt is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// The answer to `GET /v1/resolve`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DoubtInfo {
+    /// The machine stands still because nobody knows whether it runs at the other side.
+    pub in_doubt: bool,
+    /// The crossing that was cut.
+    pub session: Option<String>,
+    /// Where it went, as the user said it.
+    pub destination: Option<String>,
+}
+
+/// The body of `POST /v1/resolve`. The other side is asked, and its word decides.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct ResolveRequest {
-    /// It runs on here; otherwise it is gone from here.
-    pub here: bool,
+    /// The user's word, for when the other side's proves nothing: it runs on here, or it is gone from here.
+    pub here: Option<bool>,
+    /// Where to ask, as a destination of a crossing; without it, where the machine went.
+    pub ask: Option<String>,
+    pub tls: Option<PathBuf>,
+}
+
+/// The answer: where the machine is now. `unknown` means that nothing was settled.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Resolution {
+    pub whereabouts: Whereabouts,
+    /// What is known, in one sentence.
+    pub evidence: String,
+    pub machine: MachineInfo,
 }
 
 /// The answer to `DELETE /v1/crossing`.

@@ -16,8 +16,8 @@ use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use super::api::{
-    self, BalloonInfo, BalloonTarget, Cancelled, ErrorBody, Event, MachineInfo, PulseReport, PulseRequest,
-    ResolveRequest, Want, WantState,
+    self, BalloonInfo, BalloonTarget, Cancelled, DoubtInfo, ErrorBody, Event, MachineInfo, PulseReport,
+    PulseRequest, Resolution, ResolveRequest, Want, WantState,
 };
 use crate::crossing::request::{CrossingLine, CrossingRequest};
 use crate::rundir::Entry;
@@ -124,13 +124,13 @@ impl Client {
         self.call(Method::DELETE, api::CROSSING, &(), Some(PATIENCE))
     }
 
-    pub fn resolve(&self, here: bool) -> Result<MachineInfo, ClientError> {
-        self.call(
-            Method::POST,
-            api::RESOLVE,
-            &ResolveRequest { here },
-            Some(PATIENCE),
-        )
+    pub fn doubt(&self) -> Result<DoubtInfo, ClientError> {
+        self.call(Method::GET, api::RESOLVE, &(), Some(PATIENCE))
+    }
+
+    /// The other side is asked, which takes what it takes.
+    pub fn resolve(&self, request: &ResolveRequest) -> Result<Resolution, ClientError> {
+        self.call(Method::POST, api::RESOLVE, request, None)
     }
 
     /// One request with one JSON answer.

@@ -13,12 +13,13 @@ use serde::de::DeserializeOwned;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::api::{
-    BalloonInfo, BalloonTarget, Cancelled, ErrorBody, Event, MAX_PULSES, MachineInfo, PulseReport,
-    PulseRequest, ResolveRequest, Want, WantState, What,
+    BalloonInfo, BalloonTarget, Cancelled, DoubtInfo, ErrorBody, Event, MAX_PULSES, MachineInfo, PulseReport,
+    PulseRequest, Resolution, ResolveRequest, Want, WantState, What,
 };
 use super::lines;
 use super::server::Control;
 use crate::crossing::request::CrossingRequest;
+use crate::crossing::settle::{Place, Settled};
 use crate::error::MachineError;
 use crate::lifecycle::{State, StopReason};
 
@@ -90,6 +91,10 @@ pub(super) async fn put_state(Shared(control): Shared<Arc<Control>>, body: Bytes
     blocking(move || {
         let machine = &control.machine;
         match (want, machine.state()) {
+            (Want::Paused, State::Paused) if machine.is_held() => {
+                let sentence = "the machine stands still for its crossing and runs on by itself; ask again when it is over";
+                return Err(ApiError(StatusCode::CONFLICT, sentence.to_owned()));
+            }
             // Asking twice is not a mistake.
             (Want::Paused, State::Paused) | (Want::Running, State::Running) => {}
             (Want::Paused, _) => {
@@ -105,7 +110,10 @@ pub(super) async fn put_state(Shared(control): Shared<Arc<Control>>, body: Bytes
                 return Err(ApiError(StatusCode::CONFLICT, sentence.to_owned()));
             }
             (Want::Stopped, _) => machine.power_button()?,
-            (Want::Killed, _) => machine.stop(StopReason::Requested)?,
+            (Want::Killed, _) => {
+                control.crossings.end();
+                machine.stop(StopReason::Requested)?;
+            }
         }
         Ok(Json(info(&control)))
     })
@@ -256,14 +264,37 @@ pub(super) async fn delete_crossing(Shared(control): Shared<Arc<Control>>) -> Js
     })
 }
 
-pub(super) async fn post_resolve(Shared(control): Shared<Arc<Control>>, body: Bytes) -> Answer<MachineInfo> {
-    let ResolveRequest { here } = parse(&body)?;
+pub(super) async fn get_resolve(Shared(control): Shared<Arc<Control>>) -> Json<DoubtInfo> {
+    let doubt = control.crossings.doubt();
+    Json(DoubtInfo {
+        in_doubt: doubt.is_some(),
+        session: doubt.as_ref().map(|doubt| doubt.session.to_string()),
+        destination: doubt.map(|doubt| doubt.place.destination),
+    })
+}
+
+pub(super) async fn post_resolve(Shared(control): Shared<Arc<Control>>, body: Bytes) -> Answer<Resolution> {
+    let ResolveRequest { here, ask, tls } = parse(&body)?;
     blocking(move || {
-        if !control.crossings.resolve(&control.machine, here)? {
+        let remembered = control.crossings.doubt().map(|doubt| doubt.place);
+        let place = remembered.map(|place| Place {
+            destination: ask.unwrap_or(place.destination),
+            tls: tls.or(place.tls),
+            stall: place.stall,
+        });
+        let Some(Settled {
+            whereabouts,
+            evidence,
+        }) = control.crossings.resolve(&control.machine, place, here)?
+        else {
             let sentence = "there is nothing to settle: it is known where the machine is";
             return Err(ApiError(StatusCode::CONFLICT, sentence.to_owned()));
-        }
-        Ok(Json(info(&control)))
+        };
+        Ok(Json(Resolution {
+            whereabouts,
+            evidence,
+            machine: info(&control),
+        }))
     })
     .await
 }

@@ -126,7 +126,10 @@ fn router(control: Arc<Control>) -> Router {
             get(handlers::get_balloon).put(handlers::put_balloon),
         )
         .route(api::EVENTS, get(handlers::get_events))
-        .route(api::RESOLVE, post(handlers::post_resolve))
+        .route(
+            api::RESOLVE,
+            get(handlers::get_resolve).post(handlers::post_resolve),
+        )
         .route(
             api::CROSSING,
             post(handlers::post_crossing).delete(handlers::delete_crossing),

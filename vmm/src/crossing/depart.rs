@@ -1,26 +1,31 @@
 //! A machine leaves: one crossing at a time, on a thread of its own, steered and watched over the control socket.
 
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use ferry_migration::clock::HostClock;
-use ferry_migration::failure::{Reason, Side};
-use ferry_migration::handover::{Ledger as _, MachineId, SessionId, Standing};
+use ferry_migration::failure::Whereabouts;
+use ferry_migration::handover::{MachineId, SessionId};
 use ferry_migration::link::Link;
 use ferry_migration::machine::Observer;
 use ferry_migration::options::{Handle, Options};
 use ferry_migration::outgoing::{World, cross};
 use ferry_migration::report::{Event, Report};
-use ferry_migration::transport::{Address, PipeLink, SocketLink, Tls};
 
-use super::ledger;
-use super::outgoing::{Doubt, Leaving};
+use super::outgoing::{Leaving, take_back};
 use super::request::{CrossingLine, CrossingRequest};
+use super::settle::{Doubt, InDoubt, Place, Settled};
+use super::{ledger, settle};
 use crate::error::{MachineError, Result};
 use crate::lifecycle::StopReason;
 use crate::machine::Machine;
 use crate::name::Name;
 use crate::rundir::Base;
+
+/// In doubt the other side is asked again for at least this long.
+const LEAST_DOUBT: Duration = Duration::from_secs(1);
+/// How long the end of a machine waits for the end of its crossing.
+const ENDING: Duration = Duration::from_secs(15);
 
 /// The crossings of one machine.
 pub struct Crossings {
@@ -28,6 +33,7 @@ pub struct Crossings {
     base: Base,
     current: Mutex<Option<Arc<Handle>>>,
     doubt: Arc<Doubt>,
+    resolving: Mutex<()>,
 }
 
 /// Takes the line that ends a crossing's thread, however it ends.
@@ -56,6 +62,7 @@ impl Crossings {
             base,
             current: Mutex::default(),
             doubt: Arc::default(),
+            resolving: Mutex::default(),
         }
     }
 
@@ -70,37 +77,58 @@ impl Crossings {
 
     /// One sentence if the machine must not run here because it may run elsewhere.
     pub fn may_run(&self) -> Result<()> {
-        match self.doubt.session() {
+        match self.doubt.get() {
             None => Ok(()),
-            Some(session) => Err(MachineError::Host(format!(
+            Some(InDoubt { session, .. }) => Err(MachineError::Host(format!(
                 "the machine must not run here: its crossing {session} was cut at the hand over and it may run at the \
                  other side; `ferry resolve` shows what is known and settles it"
             ))),
         }
     }
 
-    /// Settles a doubt by the user's word: the machine runs on here, or it is gone. False when there is no doubt.
-    pub fn resolve(&self, machine: &Machine, here: bool) -> Result<bool> {
-        let Some(session) = self.doubt.session() else {
-            return Ok(false);
+    /// Cancels what goes on and waits for its end, for a machine that is about to be ended: it must not go on elsewhere
+    /// unless it is there already.
+    pub fn end(&self) {
+        let begun = Instant::now();
+        while self.cancel() && begun.elapsed() < ENDING {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// What is in doubt about the machine, if anything.
+    pub fn doubt(&self) -> Option<InDoubt> {
+        self.doubt.get()
+    }
+
+    /// Settles a doubt: the other side is asked, at `place` or where the machine went, and its word decides. Where it
+    /// proves nothing, `here` - the user's word - does. `None` when there is no doubt.
+    pub fn resolve(
+        &self,
+        machine: &Machine,
+        place: Option<Place>,
+        here: Option<bool>,
+    ) -> Result<Option<Settled>> {
+        let _one_at_a_time = self.resolving.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(doubt) = self.doubt.get() else {
+            return Ok(None);
         };
         let mut ledger = ledger::open(&self.base)?;
-        let host = |reason: Reason| MachineError::Host(reason.to_string());
-        if let Some(mut record) = ledger.read(session, Side::Outgoing).map_err(host)? {
-            record.standing = if here { Standing::Kept } else { Standing::Gone };
-            ledger.write(&record).map_err(host)?;
+        let place = place.unwrap_or(doubt.place);
+        let settled = settle::settle(&mut ledger, doubt.session, &place, here)?;
+        match settled.whereabouts {
+            Whereabouts::Unknown => return Ok(Some(settled)),
+            Whereabouts::There => machine.stop(StopReason::HandedOver)?,
+            Whereabouts::Here => {
+                machine.set_throttle(0);
+                take_back(machine).map_err(|reason| MachineError::Host(reason.to_string()))?;
+                for disk in machine.disks() {
+                    disk.slow_writes(None);
+                }
+                machine.let_go(doubt.ran)?;
+            }
         }
         self.doubt.set(None);
-        if here {
-            for disk in machine.disks() {
-                disk.take_lock()
-                    .map_err(|error| MachineError::Host(error.to_string()))?;
-            }
-            machine.resume()?;
-        } else {
-            machine.stop(StopReason::HandedOver)?;
-        }
-        Ok(true)
+        Ok(Some(settled))
     }
 
     /// Begins a crossing and returns; `tell` hears of everything, the report last.
@@ -113,7 +141,7 @@ impl Crossings {
     ) -> Result<Arc<Handle>> {
         self.may_run()?;
         let session = SessionId(random()?);
-        let link = open_link(session, &request)?;
+        let link = settle::open_link(session, &place_of(&request))?;
         let handle = Arc::new(Handle::new());
         {
             let mut current = self.lock();
@@ -167,6 +195,13 @@ impl Crossings {
             name.clone(),
             session,
             request.shared_storage,
+            Place {
+                destination: request
+                    .named
+                    .clone()
+                    .unwrap_or_else(|| request.destination.clone()),
+                ..place_of(request)
+            },
             self.doubt.clone(),
         );
         let mut options = Options::new(session);
@@ -176,6 +211,7 @@ impl Crossings {
         options.limits = request.limits.clone();
         options.stall = request.stall;
         options.reconnect_for = request.reconnect_for;
+        options.doubt_for = request.reconnect_for.max(LEAST_DOUBT);
         let clock = HostClock::new();
         let world = World {
             machine: &mut leaving,
@@ -189,26 +225,12 @@ impl Crossings {
     }
 }
 
-fn open_link(session: SessionId, request: &CrossingRequest) -> Result<Box<dyn Link>> {
-    let refuse = |text: String| MachineError::Config(crate::config::ConfigError(text));
-    if let Some(path) = request.destination.strip_prefix("pipe:") {
-        let near = UnixStream::connect(path).map_err(|error| {
-            MachineError::Host(format!("the pipe at {path} could not be opened: {error}"))
-        })?;
-        let far = near.try_clone().map_err(|error| {
-            MachineError::Host(format!("the pipe at {path} could not be opened: {error}"))
-        })?;
-        let link = PipeLink::new(session, near, far, request.stall);
-        return Ok(Box::new(
-            link.map_err(|error| MachineError::Host(error.to_string()))?,
-        ));
+fn place_of(request: &CrossingRequest) -> Place {
+    Place {
+        destination: request.destination.clone(),
+        tls: request.tls.clone(),
+        stall: request.stall,
     }
-    let address: Address = request.destination.parse().map_err(refuse)?;
-    let tls = match &request.tls {
-        Some(dir) => Some(Tls::from_dir(dir, Vec::new()).map_err(|error| refuse(error.to_string()))?),
-        None => None,
-    };
-    Ok(Box::new(SocketLink::new(session, address, tls, request.stall)))
 }
 
 pub(crate) fn random() -> Result<[u8; 16]> {

@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ferry_devices::disk::Disk;
+use ferry_devices::disk::{Disk, DiskError, DiskOptions};
 use ferry_migration::block::{BlockKind, Sink};
 use ferry_migration::failure::{Cause, Reason};
 use ferry_migration::handover::{MachineId, RunPermit};
 use ferry_migration::machine::{IncomingMachine, Offer};
 
 use super::card::Description;
+use super::images::Images;
 use super::limits::{self, Allowed, Room};
 use super::{DiskSink, Library, MemorySink, Region};
 use crate::config::{DiskFormat, MachineConfig, SerialTarget};
@@ -53,7 +54,11 @@ struct Built {
     id: MachineId,
     running: bool,
     /// Images that were made for this machine; they go if it does not stay.
-    images: Vec<PathBuf>,
+    images: Images,
+    /// Disks that the machine may only read, opened to be filled. They are closed before the machine gets them.
+    fillers: Vec<Arc<Disk>>,
+    /// The machine's images are the other side's until the go-ahead.
+    shared_storage: bool,
 }
 
 /// A machine that is here, with the right to run it.
@@ -65,6 +70,10 @@ pub struct Arrived {
 
 fn failed(error: impl std::fmt::Display) -> Reason {
     Reason::new(Cause::Machine, error.to_string())
+}
+
+fn no_disk(error: DiskError) -> Reason {
+    Reason::new(Cause::Data, error.to_string())
 }
 
 impl Arriving {
@@ -172,7 +181,7 @@ impl IncomingMachine for Arriving {
             )),
             None => None,
         };
-        let mut images = Images(Vec::new());
+        let mut images = Images::default();
         if !description.shared_storage {
             let sizes = offer
                 .blocks
@@ -187,19 +196,25 @@ impl IncomingMachine for Arriving {
                     )
                 };
                 let format = Option::from(disk.format).ok_or_else(unsaid)?;
-                Disk::create(&disk.path, format, bytes)
-                    .map_err(|error| Reason::new(Cause::NoSpace, error.to_string()))?;
-                images.0.push(disk.path.clone());
+                images.make(&disk.path, format, bytes)?;
             }
         }
         let outside = Outside::connect(&dir, &config).map_err(failed)?;
         let machine = Machine::prepare(&config, &description.guest, outside.wiring()).map_err(failed)?;
         let machine = Arc::new(machine);
+        let mut fillers = Vec::new();
         if !description.shared_storage {
-            // Images that were made for this machine are this side's from the start; shared ones come with the switch.
-            for disk in machine.disks() {
-                disk.take_lock()
-                    .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
+            // Images that were made for this machine are this side's from the start; shared ones come with the go-ahead.
+            for (disk, described) in machine.disks().iter().zip(&config.disks) {
+                let filler = if disk.is_read_only() {
+                    let mut options = DiskOptions::new(&described.path);
+                    options.format = described.format.into();
+                    Arc::new(Disk::open(&options).map_err(no_disk)?)
+                } else {
+                    disk.take_lock().map_err(no_disk)?;
+                    disk.clone()
+                };
+                fillers.push(filler);
             }
         }
         let regions = Region::all(machine.ram());
@@ -208,7 +223,7 @@ impl IncomingMachine for Arriving {
             sinks.push(Arc::new(MemorySink::new(block.id, region)));
         }
         let disks = offer.blocks.iter().filter(|block| block.kind == BlockKind::Disk);
-        for (disk, block) in machine.disks().iter().cloned().zip(disks) {
+        for (disk, block) in fillers.iter().cloned().zip(disks) {
             sinks.push(Arc::new(DiskSink::new(
                 block.id,
                 block.name.clone(),
@@ -216,13 +231,16 @@ impl IncomingMachine for Arriving {
                 library.clone(),
             )));
         }
+        fillers.retain(|filler| machine.disks().iter().all(|disk| !Arc::ptr_eq(disk, filler)));
         self.built = Some(Built {
             dir,
             outside,
             machine,
             id: offer.card.machine,
             running: offer.card.running,
-            images: images.keep(),
+            images,
+            fillers,
+            shared_storage: description.shared_storage,
         });
         Ok(sinks)
     }
@@ -230,14 +248,20 @@ impl IncomingMachine for Arriving {
     fn restore(&mut self, state: &[u8]) -> Result<(), Reason> {
         let built = self
             .built
-            .as_ref()
+            .as_mut()
             .ok_or_else(|| failed("there is no machine to restore into"))?;
         let records = ferry_devices::records::decode(state).map_err(failed)?;
-        for disk in built.machine.disks() {
-            disk.take_lock()
-                .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
+        for filler in built.fillers.drain(..) {
+            filler.release_lock().map_err(no_disk)?;
         }
-        built.machine.restore(records).map_err(failed)
+        if !built.shared_storage {
+            for disk in built.machine.disks() {
+                disk.take_lock().map_err(no_disk)?;
+            }
+        }
+        built.machine.restore(records).map_err(failed)?;
+        built.images.complete();
+        Ok(())
     }
 
     fn flush(&mut self) -> Result<(), Reason> {
@@ -245,7 +269,7 @@ impl IncomingMachine for Arriving {
             .built
             .as_ref()
             .ok_or_else(|| failed("there is no machine to make durable"))?;
-        for disk in built.machine.disks() {
+        for disk in built.machine.disks().iter().filter(|disk| disk.is_owned()) {
             disk.flush().map_err(|error| {
                 Reason::new(
                     Cause::Data,
@@ -267,13 +291,17 @@ impl IncomingMachine for Arriving {
             id,
             running,
             images,
+            fillers: _,
+            shared_storage: _,
         }) = self.built.take()
         else {
             return Err(failed("there is no machine to run"));
         };
         // An error from here says "it does not run here and never will", and the other side then runs it. So everything
         // that can fail comes before the guest's first instruction, and nothing that can fail after it.
-        let images = Images(images);
+        for disk in machine.disks() {
+            disk.take_lock().map_err(no_disk)?;
+        }
         let serving = Serving::open(dir, outside, machine.clone(), id).map_err(failed)?;
         if running && let Err(error) = machine.resume() {
             let _ = machine.stop(StopReason::Requested);
@@ -290,6 +318,12 @@ impl IncomingMachine for Arriving {
         Ok(())
     }
 
+    fn is_over(&self) -> bool {
+        self.arrived
+            .as_ref()
+            .is_some_and(|arrived| arrived.serving.control().machine.state().is_final())
+    }
+
     fn abort(&mut self) {
         if let Some(Built {
             dir,
@@ -298,34 +332,15 @@ impl IncomingMachine for Arriving {
             id: _,
             running: _,
             images,
+            fillers,
+            shared_storage: _,
         }) = self.built.take()
         {
+            drop(fillers);
             drop(machine);
             drop(outside);
-            drop(Images(images));
+            drop(images);
             drop(dir);
-        }
-    }
-}
-
-/// Images that go away again unless they are kept.
-struct Images(Vec<PathBuf>);
-
-impl Images {
-    fn keep(mut self) -> Vec<PathBuf> {
-        std::mem::take(&mut self.0)
-    }
-}
-
-impl Drop for Images {
-    fn drop(&mut self) {
-        for path in &self.0 {
-            if let Err(error) = std::fs::remove_file(path) {
-                tracing::warn!(
-                    "the image {} of a machine that did not come is left behind: {error}",
-                    path.display()
-                );
-            }
         }
     }
 }

@@ -9,6 +9,7 @@ mod disk_source;
 #[cfg(test)]
 mod disk_tests;
 mod free_memory;
+mod images;
 mod incoming;
 pub mod ledger;
 mod limits;
@@ -18,6 +19,7 @@ mod notes;
 mod outgoing;
 mod region;
 pub mod request;
+pub mod settle;
 
 pub use disk_sink::{DiskSink, Library};
 pub use disk_source::DiskSource;

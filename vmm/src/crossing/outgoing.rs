@@ -1,7 +1,7 @@
 //! The machine as the engine sees it at the side that it leaves.
 
 use std::num::NonZeroU64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use ferry_migration::machine::{GuestImpact, MachineCard, OutgoingMachine};
 use ferry_migration::policy::ServiceUse;
 
 use super::card::Description;
+use super::settle::{Doubt, InDoubt, Place};
 use super::{DiskSource, FreeMemory, MemorySource, Region, Unused};
 use crate::error::MachineError;
 use crate::lifecycle::{State, StopReason};
@@ -32,26 +33,15 @@ pub struct Leaving {
     /// The disks, by the numbers of their blocks.
     disks: Vec<(BlockId, Arc<Disk>)>,
     throttle: Throttled,
-    paused: bool,
+    /// The switch has begun: the crossing holds the machine.
+    held: bool,
     /// The interfaces are being taken down.
     leaving: Option<JoinHandle<crate::error::Result<()>>>,
     released: bool,
+    /// Where the machine goes, to ask there later.
+    place: Place,
     /// Set when nobody knows who has the machine.
     doubt: Arc<Doubt>,
-}
-
-/// Whether the machine's whereabouts are unknown, and since which crossing.
-#[derive(Default)]
-pub struct Doubt(Mutex<Option<SessionId>>);
-
-impl Doubt {
-    pub fn session(&self) -> Option<SessionId> {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub fn set(&self, session: Option<SessionId>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = session;
-    }
 }
 
 /// How long vCPUs were held back, all in all.
@@ -71,6 +61,15 @@ impl Throttled {
     }
 }
 
+/// The disks and the network place of a machine that stays, after they were given up for the other side.
+pub(super) fn take_back(machine: &Machine) -> Result<(), Reason> {
+    for disk in machine.disks() {
+        disk.take_lock()
+            .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
+    }
+    machine.join_network().map_err(failed)
+}
+
 fn failed(error: MachineError) -> Reason {
     Reason::new(Cause::Machine, error.to_string())
 }
@@ -82,6 +81,7 @@ impl Leaving {
         name: Name,
         session: SessionId,
         shared_storage: bool,
+        place: Place,
         doubt: Arc<Doubt>,
     ) -> Leaving {
         let ran = machine.state() == State::Running;
@@ -91,11 +91,12 @@ impl Leaving {
             name,
             shared_storage,
             session,
+            place,
             doubt,
             ran,
             disks: Vec::new(),
             throttle: Throttled::default(),
-            paused: false,
+            held: false,
             leaving: None,
             released: false,
         }
@@ -174,7 +175,7 @@ impl OutgoingMachine for Leaving {
         let state = self.machine.state();
         let fits = match state {
             State::Running => self.ran,
-            State::Paused => !self.ran || self.paused,
+            State::Paused => !self.ran || self.held,
             _ => false,
         };
         if fits {
@@ -202,10 +203,10 @@ impl OutgoingMachine for Leaving {
     }
 
     fn pause(&mut self) -> Result<(), Reason> {
-        self.paused = true;
-        if self.ran {
-            self.machine.pause().map_err(failed)?;
-        }
+        // The user may have paused, resumed or ended it a moment ago.
+        self.check()?;
+        self.machine.hold(!self.ran).map_err(failed)?;
+        self.held = true;
         self.leave_network();
         // Disks that cross are flushed at the other side before the machine may run there.
         let shared = self.machine.disks().iter().filter(|_| self.shared_storage);
@@ -242,23 +243,25 @@ impl OutgoingMachine for Leaving {
     fn resume(&mut self, _permit: &RunPermit) -> Result<(), Reason> {
         self.machine.set_throttle(0);
         self.throttle.set(0);
-        for disk in self.machine.disks() {
-            disk.slow_writes(None);
-            if self.released {
-                disk.take_lock()
-                    .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
-            }
-        }
-        if self.leaving.is_some() || self.released {
+        self.machine
+            .disks()
+            .iter()
+            .for_each(|disk| disk.slow_writes(None));
+        let leaving = self.leaving.is_some();
+        if leaving {
             // Whether it got out or not: it comes back.
             let _ = self.left_network();
-            self.machine.join_network().map_err(failed)?;
         }
-        if self.ran && self.paused && self.machine.state() == State::Paused {
-            self.machine.resume().map_err(failed)?;
-        }
-        (self.paused, self.released) = (false, false);
-        Ok(())
+        let back = match std::mem::take(&mut self.released) || leaving {
+            true => take_back(&self.machine),
+            false => Ok(()),
+        };
+        // A machine whose disks do not come back stays paused, and its user may resume it when they do.
+        let going = match std::mem::take(&mut self.held) {
+            true => self.machine.let_go(self.ran && back.is_ok()).map_err(failed),
+            false => Ok(()),
+        };
+        back.and(going)
     }
 
     fn departed(&mut self) {
@@ -268,7 +271,11 @@ impl OutgoingMachine for Leaving {
     }
 
     fn stranded(&mut self) {
-        self.doubt.set(Some(self.session));
+        self.doubt.set(Some(InDoubt {
+            session: self.session,
+            ran: self.ran,
+            place: self.place.clone(),
+        }));
     }
 
     fn service(&mut self) -> Option<ServiceUse> {

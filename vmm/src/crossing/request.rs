@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 pub struct CrossingRequest {
     /// `tcp://HOST:PORT`, `unix:PATH`, or `pipe:PATH`: a socket at which one pipe to a receiver is to be had.
     pub destination: String,
+    /// What the user called the destination, where it is reached by a pipe.
+    #[serde(default)]
+    pub named: Option<String>,
     /// A folder as `ferry keys` makes it; only for tcp.
     #[serde(default)]
     pub tls: Option<PathBuf>,
