@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::host::{Host, PATIENCE, Ran, finish};
@@ -234,6 +235,25 @@ pub fn begin(host: &Host, name: &str, to: &str, more: &[&str]) -> Child {
 #[track_caller]
 pub fn migrate(host: &Host, name: &str, to: &str, more: &[&str]) -> Ran {
     finish(begin(host, name, to, more), PATIENCE)
+}
+
+/// A signal to a process that a test started itself.
+pub fn signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid as i32).expect("a process id");
+    let _ = kill_process(pid, signal);
+}
+
+/// What `ferry list` says of the machine: running, paused; none if it is not there.
+pub fn state_at(host: &Host, name: &str) -> Option<String> {
+    let list = host.ferry(["list", "--all"]).stdout;
+    let line = list
+        .lines()
+        .find(|line| line.split_whitespace().next() == Some(name))?;
+    ["running", "paused", "dead"]
+        .into_iter()
+        .find(|state| line.contains(state))
+        .map(str::to_owned)
+        .or(Some(line.to_owned()))
 }
 
 /// Whether the host's list names the machine as running.

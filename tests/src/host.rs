@@ -216,12 +216,13 @@ impl Host {
         String::from_utf8_lossy(&answer).into_owned()
     }
 
-    /// Files and folders that machines left behind.
+    /// Files and folders that machines left behind. What is meant to survive them is not among them.
     pub fn remains(&self) -> Vec<PathBuf> {
         let Ok(folder) = std::fs::read_dir(self.base.path()) else {
             return Vec::new();
         };
-        folder.flatten().map(|item| item.path()).collect()
+        let paths = folder.flatten().map(|item| item.path());
+        paths.filter(|path| *path != self.base.state_dir()).collect()
     }
 
     /// Waits until a condition holds, and fails with its description when it does not come to hold.

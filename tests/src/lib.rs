@@ -6,3 +6,4 @@ pub mod guest;
 pub mod host;
 pub mod nested;
 pub mod proxy;
+pub mod relay;
