@@ -324,7 +324,9 @@ fn a_receiver_of_several_machines_takes_one_after_the_other_with_keys_from_its_o
         );
         guest.beats_on(2);
         let words = ["--tls", keys.to_str().unwrap(), "--stall", "5s"];
-        migrate(&here, name, &address, &words).success();
+        let ran = migrate(&here, name, &address, &words).success();
+        // The process that has a machine takes no connection away from the one that waits for the next.
+        assert!(!ran.stderr.contains("connecting again"), "{ran:?}");
         here.wait_until("it is gone", || here.entry(name).is_none());
     }
     let list = there.ferry(["list"]).success().stdout;

@@ -1,8 +1,17 @@
 //! One machine under all loads at once crosses back and forth, again and again: no evidence is damaged, and the processes
-//! that run it do not grow.
+//! that run it do not grow; a client is served all the time, and no interface is left behind.
 
-use ferry_tests::crossing::{Receiver, migrate, runs_at, start};
-use ferry_tests::host::{Host, skip_without_kvm};
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use ferry_tests::crossing::{Receiver, begin, migrate, runs_at, start};
+use ferry_tests::host::{Host, PATIENCE, finish, skip_without_kvm};
+use ferry_tests::relay::{Act, Point, Relay};
 
 /// FERRY_CROSSINGS asks for more.
 fn crossings() -> usize {
@@ -17,6 +26,85 @@ fn resident_kib(pid: u32) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
+/// A bridge that both hosts have, with an address for the client.
+struct Bridge {
+    name: String,
+}
+
+impl Bridge {
+    fn make() -> Option<Bridge> {
+        let name = format!("fy{}", std::process::id());
+        let ip = |words: &[&str]| {
+            let ran = Command::new("ip").args(words).output();
+            ran.is_ok_and(|ran| ran.status.success())
+        };
+        let bridge = ip(&["link", "add", &name, "type", "bridge"]).then_some(Bridge { name })?;
+        let made = ip(&["addr", "add", "10.213.7.1/24", "dev", &bridge.name])
+            && ip(&["link", "set", &bridge.name, "up"]);
+        made.then_some(bridge)
+    }
+
+    /// How many interfaces of machines are in it.
+    fn interfaces(&self) -> usize {
+        let folder = std::fs::read_dir(format!("/sys/class/net/{}/brif", self.name));
+        folder.map_or(0, Iterator::count)
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", &self.name]).output();
+    }
+}
+
+/// Asks for a page again and again.
+struct Client {
+    answered: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+fn ask() -> std::io::Result<bool> {
+    let server: SocketAddr = ([10, 213, 7, 2], 80).into();
+    let mut stream = TcpStream::connect_timeout(&server, Duration::from_secs(10))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.write_all(b"GET / HTTP/1.0\r\nHost: m\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(answer.starts_with(b"HTTP/1.") && answer.len() > 4096)
+}
+
+impl Client {
+    fn start() -> Client {
+        let (answered, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
+        let (count, end) = (answered.clone(), stop.clone());
+        let thread = std::thread::spawn(move || {
+            while !end.load(Ordering::SeqCst) {
+                if ask().unwrap_or(false) {
+                    count.fetch_add(1, Ordering::SeqCst);
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        Client {
+            answered,
+            stop,
+            thread: Some(thread),
+        }
+    }
+
+    fn answered(&self) -> u64 {
+        self.answered.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
 #[test]
 fn a_machine_under_all_loads_crosses_back_and_forth_and_nothing_grows() {
     if skip_without_kvm() {
@@ -29,15 +117,46 @@ fn a_machine_under_all_loads_crosses_back_and_forth_and_nothing_grows() {
     let image = here.file("images/disk.img");
     std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
     let disk = format!("path={}", image.display());
-    let mut guest = start(
-        &here,
-        "m",
-        "work=allocator+gc+disk+database memory=8M heap=4M rate=1000 journal=4M rows=2048",
-        &["--memory", "128M", "--cpus", "2", "--disk", &disk],
-    );
+    let bridge = Bridge::make();
+    let mut work = "allocator+gc+disk+database".to_owned();
+    let mut words = vec!["--memory", "128M", "--cpus", "2", "--disk", &disk];
+    let net = bridge.as_ref().map(|bridge| format!("bridge={}", bridge.name));
+    match &net {
+        Some(net) => {
+            work += "+web ip=10.213.7.2/24 body=8K";
+            words.extend(["--net", net]);
+        }
+        None => eprintln!("without web: making a bridge needs root and `ip`"),
+    }
+    let orders = format!("work={work} memory=8M heap=4M rate=1000 journal=4M rows=2048");
+    let mut guest = start(&here, "m", &orders, &words);
+    let client = bridge.is_some().then(Client::start);
     for line in ["ready", "database"] {
         guest.wait_for_line(line);
     }
+    let served = || {
+        let before = client.as_ref().map_or(0, Client::answered);
+        here.wait_until("the client is served", || {
+            client
+                .as_ref()
+                .is_none_or(|client| client.answered() > before + 2)
+        });
+        // One machine, one interface.
+        here.wait_until("no interface is left behind", || {
+            bridge.as_ref().is_none_or(|bridge| bridge.interfaces() == 1)
+        });
+    };
+    served();
+    // One that fails when everything is built there.
+    let receiver = Receiver::start(&there, &there.file("fails"), &["--dir", "images"]);
+    let relay = Relay::at(receiver.port(), Point::first("Loaded"), Act::Hold, false);
+    let crossing = begin(&here, "m", &relay.address, &[]);
+    relay.wait_reached();
+    here.ferry(["migrate", "--cancel", "m"]).success();
+    relay.go_on();
+    assert_eq!(finish(crossing, PATIENCE).code, 1);
+    assert_eq!(receiver.end().0, 1);
+    served();
     let (mut from, mut to) = (&here, &there);
     let mut seen: Vec<(u64, usize, usize)> = Vec::new();
     for number in 0..crossings() {
@@ -51,6 +170,7 @@ fn a_machine_under_all_loads_crosses_back_and_forth_and_nothing_grows() {
         from.wait_until("its process is gone", || from.entry("m").is_none());
         std::fs::remove_file(from.file("images/disk.img")).unwrap();
         assert!(from.remains().is_empty(), "{:?}", from.remains());
+        served();
         let count = |what: &str| {
             let folder = std::fs::read_dir(format!("/proc/{}/{what}", receiver.pid()));
             folder.unwrap().count()
@@ -68,6 +188,7 @@ fn a_machine_under_all_loads_crosses_back_and_forth_and_nothing_grows() {
     assert!(last.2 <= first.2 + 2, "threads grow: {seen:?}");
     from.ferry(["kill", "m"]).success();
     guest.sound();
+    assert!(bridge.as_ref().is_none_or(|bridge| bridge.interfaces() == 0));
     let image = from.file("images/disk.img");
     from.ferry(["load", "journal", image.to_str().unwrap()]).success();
 }
