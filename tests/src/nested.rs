@@ -197,8 +197,12 @@ pub fn start(job: Job) -> Result<Outer> {
     let out = fs::File::create(work.path().join("out.img"))?;
     out.set_len(256 << 20)?;
 
-    let mut qemu = Command::new("qemu-system-x86_64");
+    // The emulated host ends with the thread that started it, even when that is killed.
+    let mut qemu = Command::new("setpriv");
     qemu.args([
+        "--pdeathsig",
+        "KILL",
+        "qemu-system-x86_64",
         "-M",
         "q35",
         "-accel",
@@ -252,7 +256,9 @@ pub fn start(job: Job) -> Result<Outer> {
     qemu.stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
-    let qemu = qemu.spawn().context("could not start qemu-system-x86_64")?;
+    let qemu = qemu
+        .spawn()
+        .context("could not start qemu-system-x86_64 by setpriv")?;
     Ok(Outer {
         qemu,
         work,

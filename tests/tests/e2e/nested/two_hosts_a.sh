@@ -5,7 +5,7 @@ cp /p/guest.img /tmp/disk.img
 disk=/tmp/disk.img
 start vmlinux 2 "" --cpu-template x86-64-v2
 # An nc whose input ends closes its half, and the guest's nc ends then.
-sleep 36000 | nc 10.0.0.9 9000 > /tmp/count &
+touch /tmp/count; sleep 36000 | nc 10.0.0.9 9000 > /tmp/count &
 counted() { [ "$(wc -l < /tmp/count)" -gt "$1" ]; }
 counts_on() { until_ counted $(($(wc -l < /tmp/count)+3)); }
 fetches_begin
