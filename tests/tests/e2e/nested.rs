@@ -29,13 +29,13 @@ fn turn() -> Option<MutexGuard<'static, ()>> {
     None
 }
 
+fn full() -> bool {
+    std::env::var_os("FERRY_NESTED_FULL").is_some()
+}
+
 /// A small number in every run, a large one in the full set.
 fn times(always: u32, in_full: u32) -> u32 {
-    if std::env::var_os("FERRY_NESTED_FULL").is_some() {
-        in_full
-    } else {
-        always
-    }
+    if full() { in_full } else { always }
 }
 
 /// A job with `ferry`, the guest's program, and the tools that check its disk.
@@ -252,5 +252,33 @@ fn a_stock_server_moves_to_another_host_and_back_and_its_connection_is_kept() {
     assert!(
         story.iter().all(|serial| !uptimes(serial).is_empty()),
         "on one of its hosts the guest was not heard"
+    );
+}
+
+#[test]
+fn a_host_that_dies_and_a_cable_that_is_out_cost_a_stock_server_nothing() {
+    if !full() {
+        eprintln!("skipped: in the full set only, FERRY_NESTED_FULL=1");
+        return;
+    }
+    let Some(_turn) = turn() else {
+        return;
+    };
+    let work = tempfile::tempdir().unwrap();
+    let (a, b) = nested::cable(work.path());
+    let (_, b_again) = nested::cable(work.path());
+    let dies = nested::start(job(&work, include_str!("nested/two_hosts_fail_dies.sh")).cable(b)).unwrap();
+    let here = nested::start(job(&work, include_str!("nested/two_hosts_fail_a.sh")).cable(a)).unwrap();
+    dies.wait().unwrap().success().unwrap();
+    let there = nested::start(job(&work, include_str!("nested/two_hosts_fail_b.sh")).cable(b_again)).unwrap();
+    let here = here.wait().unwrap();
+    said(&here);
+    let here = here.success().unwrap();
+    let there = there.wait().unwrap().success().unwrap();
+    said(&there);
+    sound(&here, "serial-1");
+    has(
+        &sound(&there, "serial-2"),
+        &["GUEST-BUTTON", "reboot: Power down"],
     );
 }
