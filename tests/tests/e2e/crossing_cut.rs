@@ -64,7 +64,7 @@ impl Pair<'_> {
                 let (code, said) = receiver.end();
                 assert_eq!(code, 1, "{said}");
             }
-            assert!(to.remains().is_empty(), "{:?}", to.remains());
+            to.wait_until("nothing is left there", || to.remains().is_empty());
         }
         self.guest.beats_on(2);
     }

@@ -220,6 +220,17 @@ fn a_peer_that_is_no_receiver_of_ours_is_not_tried_again() {
 }
 
 #[test]
+fn a_receiver_whose_pipe_ends_ends_with_it() {
+    let there = Host::new();
+    let ran = there.ferry(["receive", "--stdio"]);
+    assert!(
+        ran.code == 1 && ran.stderr.contains("the other side closed the connection"),
+        "{ran:?}"
+    );
+    assert!(there.remains().is_empty());
+}
+
+#[test]
 fn strangers_and_peers_without_tls_are_turned_away_in_both_directions() {
     if skip_without_kvm() {
         return;
