@@ -338,8 +338,14 @@ fn a_receiver_of_several_machines_takes_one_after_the_other_with_keys_from_its_o
     for name in ["a", "b", "c"] {
         there.ferry(["kill", name]).success();
     }
+    // The process that waits for the next machine has a session of its own and does not end with this one.
+    let waiting = format!("/proc/{0}/task/{0}/children", child.id());
+    let waiting = std::fs::read_to_string(waiting).unwrap_or_default();
     signal(child.id(), Signal::TERM);
     std::thread::sleep(Duration::from_millis(50));
     let _ = child.kill();
     let _ = child.wait();
+    for pid in waiting.split_whitespace() {
+        signal(pid.parse().unwrap(), Signal::KILL);
+    }
 }
