@@ -2,7 +2,9 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test test-nested check fmt images bench report setup build clean
+FUZZ_SECONDS ?= 30
+
+.PHONY: demo test test-nested fuzz check fmt images bench report setup build clean
 
 build: setup            ## the ferry command, optimised, at target/release/ferry
 	$(CARGO) build --release -p ferry
@@ -16,6 +18,9 @@ test: setup images      ## all tests; FERRY_PULSES, FERRY_SEEDS, FERRY_CROSSINGS
 
 test-nested: setup images ## only the tests with stock Linux guests under nested KVM, for longer than in `make test`
 	FERRY_NESTED_FULL=1 $(CARGO) test -p ferry-tests --test e2e nested
+
+fuzz: setup             ## feed every parser of hostile input; FUZZ_SECONDS for each target, FUZZ_TARGETS for some of them
+	FUZZ_SECONDS=$(FUZZ_SECONDS) scripts/fuzz $(FUZZ_TARGETS)
 
 check: setup            ## formatting, lints, licences and sources of dependencies, documentation
 	$(CARGO) fmt --all --check

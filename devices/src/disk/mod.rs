@@ -14,6 +14,7 @@ mod options;
 mod probe;
 mod qcow2;
 mod qcow2_header;
+mod qcow2_refcounts;
 mod raw;
 mod stats;
 #[cfg(test)]

@@ -23,6 +23,7 @@ use super::lock::LockMode;
 use super::options::DiskFormat;
 use super::probe::{format_of, head, lock_file, open_file};
 use super::qcow2_header::{Backing, HEAD_LEN, Qcow2Header, parse};
+use super::qcow2_refcounts;
 
 const MAX_CHAIN: usize = 64;
 
@@ -82,6 +83,10 @@ impl Qcow2Image {
             .file
             .try_clone()
             .map_err(DiskError::io(&self.path, "it cannot be opened twice"))?;
+        if self.write {
+            // Past this file's own flags: direct I/O wants alignment that a table need not have.
+            qcow2_refcounts::check(&self.path, &open_file(&self.path, false, false)?, &header)?;
+        }
         let mut seen = vec![identity(&file, &self.path)?];
         let layer = self.layer(&self.path, file, header.backing, self.write, &mut seen)?;
         *self.layer_mut() = Some(layer);

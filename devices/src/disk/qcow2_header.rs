@@ -15,6 +15,9 @@ pub(crate) struct Qcow2Header {
     pub(crate) version: u32,
     pub(crate) size: u64,
     pub(crate) cluster_size: u64,
+    /// Where the table of refcount blocks is, and how long.
+    pub(crate) refcount_table: u64,
+    pub(crate) refcount_table_clusters: u64,
     pub(crate) backing: Option<Backing>,
 }
 
@@ -96,6 +99,8 @@ pub(crate) fn parse(path: &Path, head: &[u8], write: bool) -> Result<Qcow2Header
         version,
         size,
         cluster_size: 1 << bits,
+        refcount_table: u64_at(48).ok_or_else(damaged)?,
+        refcount_table_clusters: u32_at(56).ok_or_else(damaged)?.into(),
         backing,
     })
 }

@@ -178,6 +178,34 @@ fn a_chain_that_bites_its_tail_is_refused() {
     assert!(said.contains("gone") && said.contains("does not exist"), "{said}");
 }
 
+#[test]
+fn gaps_in_the_reference_counts_are_refused_for_writing_and_not_for_reading() {
+    let dir = dir();
+    let disk = new_disk(dir.path(), DiskFormat::Qcow2, DiskCache::Writeback);
+    drop(disk);
+    let path = dir.path().join("disk");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let table = u64::from_be_bytes(bytes[48..56].try_into().unwrap()) as usize;
+    let writable = options(&path, DiskFormat::Qcow2);
+    let read_only = DiskOptions {
+        read_only: true,
+        ..writable.clone()
+    };
+    // A block behind a gap, and none at all where the image itself lies.
+    for damage in [table + 3 * 8, table] {
+        let good = bytes[damage..damage + 8].to_vec();
+        let bad = if damage == table { 0u64 } else { 0x1_0000 };
+        bytes[damage..damage + 8].copy_from_slice(&bad.to_be_bytes());
+        std::fs::write(&path, &bytes).unwrap();
+        let refusal = Disk::open(&writable).unwrap_err().to_string();
+        assert!(refusal.contains("gaps in its reference counts"), "{refusal}");
+        Disk::open(&read_only).unwrap();
+        bytes[damage..damage + 8].copy_from_slice(&good);
+    }
+    std::fs::write(&path, &bytes).unwrap();
+    Disk::open(&writable).unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
     /// The fear: a damaged image takes the monitor down, or hangs it.
