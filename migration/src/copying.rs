@@ -391,20 +391,13 @@ impl Copying {
             rate_bytes_per_sec: rate(wire_bytes, took),
             dirty_pages: self.noted.units(cargo, BlockKind::Memory),
             dirty_clusters: self.noted.units(cargo, BlockKind::Disk),
+            remaining_bytes: self.history.remaining_bytes,
             held_back_units: self.held_back,
             decision: "go on".into(),
             reason: reason.to_owned(),
-            predicted_downtime: None,
+            promise: None,
             throttle_percent: decision.throttle.percent,
         }
-    }
-
-    /// How long the switch would take now, if the link was seen.
-    pub(crate) fn predicted_downtime(&self) -> Option<Duration> {
-        let history = &self.history;
-        let link = history.link_bytes_per_sec.filter(|rate| *rate >= 1.0)?;
-        let rest = history.remaining_bytes as f64 * history.wire_ratio() / link;
-        Some(history.switch_fixed + Duration::try_from_secs_f64(rest).ok()?)
     }
 
     pub(crate) fn frames(&self) -> u64 {

@@ -12,7 +12,6 @@ mod building;
 mod moving;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::arrivals::{Desk, Progress};
 use crate::clock::Clock;
@@ -20,7 +19,9 @@ use crate::failure::{Cause, Phase, Reason, Side};
 use crate::handover::{Arrival, Ledger, LedgerId, SessionId, Standing, answer_from_ledger};
 use crate::machine::{IncomingMachine, Loaded as LoadTimes, Offer};
 use crate::pages::decode::Placement;
-use crate::wire::{MAX_LANES, Message, OLDEST_VERSION, Purpose, Stage, VERSION, common_version};
+use crate::wire::{
+    MAX_LANES, Message, OLDEST_VERSION, Purpose, Stage, VERSION, VERSION_WITH_QUESTIONS, common_version,
+};
 
 /// What the states may use of the world.
 pub struct Room<'a> {
@@ -132,7 +133,8 @@ pub struct Loaded {
 /// The machine is here.
 pub struct Running {
     session: SessionId,
-    took: Duration,
+    /// What is answered, however often the go-ahead comes.
+    answer: Message,
 }
 
 /// Nothing more happens. `taken` says whether the machine is here.
@@ -251,12 +253,27 @@ impl Incoming {
             (Incoming::Greeted(greeted), Message::Offer { epoch, lanes, offer }) => {
                 greeted.offer(epoch, lanes, offer, room)
             }
+            (Incoming::Greeted(greeted), Message::Consider { epoch, offer })
+                if greeted.version >= VERSION_WITH_QUESTIONS =>
+            {
+                Ok(greeted.consider(epoch, &offer, room))
+            }
+            (Incoming::Greeted(greeted), Message::Ballast { answer, bytes: _ })
+                if greeted.version >= VERSION_WITH_QUESTIONS =>
+            {
+                let reply = if answer {
+                    Reply::of(Message::Swallowed)
+                } else {
+                    Reply::nothing()
+                };
+                Ok((Incoming::Greeted(greeted), reply))
+            }
             (Incoming::Offered(offered), Message::Prepare) => offered.prepare(room),
             (Incoming::Copying(copying), message) => copying.handle(message, room),
             (Incoming::Loaded(loaded), Message::Go { session, epoch }) => loaded.go(session, epoch, room),
             (Incoming::Running(running), Message::Go { session, .. }) if running.session == session => {
-                let took = running.took;
-                Ok((Incoming::Running(running), Reply::of(Message::Running { took })))
+                let answer = running.answer.clone();
+                Ok((Incoming::Running(running), Reply::of(answer)))
             }
             (Incoming::Running(running), Message::Finish) => {
                 let over = Over {

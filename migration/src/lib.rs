@@ -26,6 +26,7 @@ pub mod pacing;
 pub mod pages;
 pub mod policy;
 pub mod receiver;
+pub mod rehearsal;
 pub mod report;
 pub mod resolve;
 mod sets;

@@ -126,6 +126,16 @@ pub trait IncomingMachine: Send {
 
     /// The machine will not run here: everything made for it goes away again.
     fn abort(&mut self);
+
+    /// How long after the call of `resume` the guest ran, if that is known. Asked after `resume`.
+    fn ran_after(&self) -> Option<Duration> {
+        None
+    }
+
+    /// How far the guest's clock was found behind the wall clock when the state was loaded, if that can be measured.
+    fn clock_behind(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// Follows a crossing while it happens: progress on a terminal, events as JSON lines.

@@ -28,10 +28,14 @@ pub struct Options {
     pub reconnect_for: Duration,
     /// How long to ask for the other side's word after the go-ahead, before giving up in doubt.
     pub doubt_for: Duration,
+    /// What comparing is expected to take, for the promise.
+    pub verify_takes: Duration,
     /// What is known of the fixed cost of a switch, before this one.
     pub switch_fixed: Duration,
     pub oldest_version: u16,
     pub newest_version: u16,
+    /// How often the rest of the crossing is played through, which takes some milliseconds.
+    pub foresee_every: Duration,
     /// What was estimated; the report puts it beside what was measured.
     pub promise: Option<Promise>,
 }
@@ -48,9 +52,11 @@ impl Options {
             stall: Duration::from_secs(10),
             reconnect_for: Duration::from_secs(30),
             doubt_for: Duration::from_secs(30),
+            verify_takes: Duration::ZERO,
             switch_fixed: Duration::from_millis(30),
             oldest_version: OLDEST_VERSION,
             newest_version: VERSION,
+            foresee_every: Duration::from_secs(1),
             promise: None,
         }
     }

@@ -25,7 +25,7 @@ use crate::pages::cache::DeltaCache;
 use crate::pages::encode::Memory;
 use crate::pages::sent::SentHashes;
 use crate::policy::{self, DeadlineAction};
-use crate::report::{Checks, Downtime, Event, Outcome, Report};
+use crate::report::{Checks, Downtime, Event, Outcome, Promise, Report, Timeline, Woken};
 use crate::talk::{Broke, Talk};
 use crate::wire::{Message, Stage};
 
@@ -77,6 +77,12 @@ struct Crossing<'a> {
     fresh: bool,
     throttled: u8,
     slowed: Option<u64>,
+    /// What is expected now, and when that was last thought about.
+    promise: Option<Promise>,
+    foreseen_at: Option<Duration>,
+    timeline: Timeline,
+    /// What the other side said of the start there, if this was the first go-ahead.
+    woken: Option<Woken>,
     /// When the last part of the switch ended.
     marked: Duration,
     report: Report,
@@ -93,7 +99,8 @@ impl<'a> Crossing<'a> {
                 whereabouts: Whereabouts::Here,
                 failure: None,
             },
-            promise: options.promise.clone(),
+            promise: options.promise,
+            fact: Default::default(),
             total: Duration::ZERO,
             prepare: Duration::ZERO,
             downtime: Downtime::default(),
@@ -105,6 +112,9 @@ impl<'a> Crossing<'a> {
             reconnects: 0,
             resent_units: 0,
             impact: Default::default(),
+            clock_behind: None,
+            timeline: Vec::new(),
+            probe: None,
             checks: Checks {
                 frames_checked: 0,
                 compared: None,
@@ -140,6 +150,10 @@ impl<'a> Crossing<'a> {
             fresh: false,
             throttled: 0,
             slowed: None,
+            promise: options.promise,
+            foreseen_at: None,
+            timeline: Timeline::new(),
+            woken: None,
             marked: start,
             report,
         }
@@ -225,6 +239,7 @@ impl<'a> Crossing<'a> {
         self.report.impact = self.world.machine.impact();
         self.report.total = self.now();
         self.report.downtime.total = self.report.downtime.parts().iter().map(|(_, part)| *part).sum();
+        self.report.timeline = self.timeline.take();
         self.report.total_up();
         let outcome = self.report.outcome.clone();
         self.world.observer.event(&Event::Ended {
@@ -345,6 +360,8 @@ impl<'a> Crossing<'a> {
 }
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A long crossing is not played through each second, but after each such part of the time that it has taken.
+const FORESEE_PART: u32 = 16;
 const SHOW_EVERY: Duration = Duration::from_millis(200);
 const REPORT_ROUND: Duration = Duration::from_secs(1);
 const RETRY_AFTER: Duration = Duration::from_millis(200);

@@ -35,6 +35,15 @@ pub enum Event {
         at: Duration,
         sent_bytes: u64,
         remaining_bytes: u64,
+        /// Of what remains, on disks.
+        #[serde(default)]
+        disk_remaining_bytes: u64,
+        /// How fast what was copied is written again.
+        #[serde(default)]
+        dirty_bytes_per_sec: u64,
+        /// What is expected of the whole crossing now.
+        #[serde(default)]
+        promise: Option<Promise>,
     },
     RoundDone(Box<Round>),
     /// The link broke and is being made again.
@@ -77,12 +86,16 @@ pub struct Round {
     /// What was found changed when the round had ended.
     pub dirty_pages: u64,
     pub dirty_clusters: u64,
+    /// What remained to be copied then.
+    #[serde(default)]
+    pub remaining_bytes: u64,
     /// Units the policy held back for the switch.
     pub held_back_units: u64,
     pub decision: String,
     pub reason: String,
-    /// What the policy expected at this point, if it said.
-    pub predicted_downtime: Option<Duration>,
+    /// What was expected of the whole crossing at this point, once the link had been seen.
+    #[serde(default)]
+    pub promise: Option<Promise>,
     pub throttle_percent: u8,
 }
 
@@ -101,10 +114,11 @@ impl Round {
             rate_bytes_per_sec: _,
             dirty_pages,
             dirty_clusters,
+            remaining_bytes,
             held_back_units,
             decision,
             reason,
-            predicted_downtime,
+            promise,
             throttle_percent,
         } = next.clone();
         self.took += took;
@@ -114,15 +128,69 @@ impl Round {
         self.wire_bytes += wire_bytes;
         self.rate_bytes_per_sec = crate::copying::rate(self.wire_bytes, self.took);
         (self.dirty_pages, self.dirty_clusters) = (dirty_pages, dirty_clusters);
+        self.remaining_bytes = remaining_bytes;
         (self.held_back_units, self.throttle_percent) = (held_back_units, throttle_percent);
         (self.decision, self.reason) = (decision, reason);
-        (self.bandwidth_bytes_per_sec, self.predicted_downtime) =
-            (bandwidth_bytes_per_sec, predicted_downtime);
+        self.bandwidth_bytes_per_sec = bandwidth_bytes_per_sec;
+        self.promise = promise.or(self.promise.take());
     }
 }
 
-/// The switch, cut into consecutive parts that are measured one behind the other on the outgoing side's clock:
-/// they add up to the total because each begins where the one before ended.
+/// A moment of the copying, for plots: rounds can be few and long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moment {
+    /// Since the crossing began.
+    pub at: Duration,
+    /// On the wire so far.
+    pub wire_bytes: u64,
+    pub remaining_bytes: u64,
+    /// How fast what was copied is written again.
+    pub dirty_bytes_per_sec: u64,
+}
+
+/// Moments at even distances, however long the crossing takes: when there are too many, every second one goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Timeline {
+    moments: Vec<Moment>,
+    spacing: Duration,
+}
+
+impl Timeline {
+    const MOST: usize = 400;
+
+    pub(crate) fn new() -> Self {
+        Timeline {
+            moments: Vec::new(),
+            spacing: Duration::from_millis(50),
+        }
+    }
+
+    pub(crate) fn note(&mut self, moment: Moment) {
+        let since = |last: &Moment| moment.at.saturating_sub(last.at);
+        if self.moments.last().is_some_and(|last| since(last) < self.spacing) {
+            return;
+        }
+        self.moments.push(moment);
+        if self.moments.len() >= Self::MOST {
+            let mut keep = false;
+            self.moments.retain(|_| {
+                keep = !keep;
+                keep
+            });
+            self.spacing *= 2;
+        }
+    }
+
+    pub(crate) fn take(&mut self) -> Vec<Moment> {
+        std::mem::take(&mut self.moments)
+    }
+}
+
+/// The switch, cut into consecutive parts: they add up to the total because each begins where the one before ended.
+/// All are measured on the outgoing side's clock except the end of the last one, the moment in which the guest runs
+/// again: the outgoing side only hears of it. Of the time between the go-ahead and the answer, the other side says by
+/// its own clock how much passed before the guest ran and how much after; of what is left, the way there and back, half
+/// is the go-ahead's. So no clocks are compared. What follows that moment is in `answer` and not in the total.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Downtime {
     /// vCPUs and devices stopped, disks flushed.
@@ -136,13 +204,33 @@ pub struct Downtime {
     pub send_state: Duration,
     /// The other side holds everything and has loaded the state.
     pub load: Duration,
-    /// The go-ahead written down and sent, the machine started there, and its word received.
+    /// The go-ahead on its way, written down there, and the machine started: until the guest runs.
     pub resume: Duration,
     pub total: Duration,
     /// Of `load`, by the other side's clock.
     pub load_there: Loaded,
     /// Of `resume`, by the other side's clock.
     pub resume_there: Duration,
+    /// Not downtime: from the guest's first instruction there until its word was heard here.
+    #[serde(default)]
+    pub answer: Duration,
+}
+
+/// What the incoming side says of the hand over, by its own clock, since the go-ahead came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Woken {
+    pub until_running: Duration,
+    pub until_answer: Duration,
+}
+
+impl Woken {
+    /// Cuts the time between go-ahead and answer, as measured here, into what was downtime and what was not.
+    pub(crate) fn cut(&self, heard_after: Duration) -> (Duration, Duration) {
+        let there = self.until_answer.max(self.until_running).min(heard_after);
+        let way = (heard_after - there) / 2;
+        let resume = self.until_running.saturating_add(way).min(heard_after);
+        (resume, heard_after - resume)
+    }
 }
 
 impl Downtime {
@@ -161,6 +249,7 @@ impl Downtime {
             total: _,
             load_there: _,
             resume_there: _,
+            answer: _,
         } = *self;
         [
             ("pause", pause),
@@ -176,9 +265,12 @@ impl Downtime {
     }
 }
 
-/// What was said before the move.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// What is expected of a whole crossing, or what became of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Promise {
+    /// When it was said, since the crossing began; zero: before anything was copied.
+    #[serde(default)]
+    pub at: Duration,
     pub total: Duration,
     pub downtime: Duration,
     pub wire_bytes: u64,
@@ -218,7 +310,11 @@ pub struct Report {
     pub machine: Option<MachineId>,
     pub name: String,
     pub outcome: Outcome,
+    /// The first one: from before the move where the machine was watched, else from the first look at the link.
     pub promise: Option<Promise>,
+    /// What became of it: the same numbers as measured, at the end.
+    #[serde(default)]
+    pub fact: Promise,
     pub total: Duration,
     /// From the beginning to the first byte of data: negotiating and preparing.
     pub prepare: Duration,
@@ -232,7 +328,45 @@ pub struct Report {
     pub reconnects: u32,
     pub resent_units: u64,
     pub impact: GuestImpact,
+    /// How far the guest's clock fell behind the wall clock over the switch, as the incoming side measured it when it
+    /// loaded the state. None: it could not be measured there.
+    #[serde(default)]
+    pub clock_behind: Option<Duration>,
     pub checks: Checks,
+    #[serde(default)]
+    pub timeline: Vec<Moment>,
+    /// What a client saw, if one asked all the time.
+    #[serde(default)]
+    pub probe: Option<Probe>,
+}
+
+/// What somebody saw who kept asking a service of the machine, before, during and after the switch.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probe {
+    pub target: String,
+    pub period: Duration,
+    pub sent: u64,
+    pub answered: u64,
+    pub lost: u64,
+    /// The longest time without the arrival of an answer, and when that began, since the crossing began.
+    pub longest_silence: Duration,
+    pub silence_began: Duration,
+    /// The longest run of questions without an answer: the service was away for at least and at most so long.
+    pub outage: Option<ProbeOutage>,
+    pub latency_median: Option<Duration>,
+    pub latency_99: Option<Duration>,
+    pub latency_max: Option<Duration>,
+    pub first_failure: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeOutage {
+    pub lost: u64,
+    /// Since the crossing began.
+    pub began: Duration,
+    pub at_least: Duration,
+    /// None: it had not ended when the asking did.
+    pub at_most: Option<Duration>,
 }
 
 impl Report {
@@ -245,5 +379,65 @@ impl Report {
             self.disk.add(&round.disk);
         }
         self.wire_bytes = self.rounds.iter().map(|round| round.wire_bytes).sum();
+        self.fact = Promise {
+            at: self.total,
+            total: self.total,
+            downtime: self.downtime.total,
+            wire_bytes: self.wire_bytes,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: fn(u64) -> Duration = Duration::from_millis;
+
+    /// The outgoing side hears of the guest's first instruction later than it happens. What passes after it is no
+    /// downtime, and nothing is lost or counted twice.
+    #[test]
+    fn the_answers_way_back_is_no_downtime() {
+        let woken = Woken {
+            until_running: MS(3),
+            until_answer: MS(12),
+        };
+        assert_eq!(woken.cut(MS(16)), (MS(5), MS(11)));
+        // Clocks that run differently, and a peer that says what cannot be.
+        for (until_running, until_answer) in [(0, 0), (30, 5), (5, 30), (40, 50), (16, 16)] {
+            let woken = Woken {
+                until_running: MS(until_running),
+                until_answer: MS(until_answer),
+            };
+            let (resume, answer) = woken.cut(MS(16));
+            assert_eq!(resume + answer, MS(16), "{woken:?}");
+        }
+        let far = Woken {
+            until_running: Duration::MAX,
+            until_answer: Duration::MAX,
+        };
+        assert_eq!(far.cut(MS(16)), (MS(16), Duration::ZERO));
+    }
+
+    /// A crossing of days has a timeline of the same length as one of a minute, evenly spread.
+    #[test]
+    fn a_timeline_does_not_grow_without_end() {
+        let mut timeline = Timeline::new();
+        for tenth in 0..1_000_000u64 {
+            timeline.note(Moment {
+                at: MS(tenth * 100),
+                wire_bytes: tenth,
+                ..Moment::default()
+            });
+        }
+        let moments = timeline.take();
+        assert!(
+            (Timeline::MOST / 2 - 1..Timeline::MOST).contains(&moments.len()),
+            "{}",
+            moments.len()
+        );
+        assert_eq!(moments.first().map(|moment| moment.at), Some(Duration::ZERO));
+        assert!(moments.is_sorted_by_key(|moment| moment.at));
+        assert!(moments.last().is_some_and(|last| last.at > MS(99_000_000)));
     }
 }

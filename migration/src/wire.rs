@@ -5,7 +5,8 @@
 //! the other. Every connection begins with a [`Greeting`]. All numbers are little endian.
 //!
 //! Versions: both sides say the oldest and the newest they speak, and use the newest common one.
-//! 1: everything but names. 2: content names (`Announce`, `Wanted`). 3: pages that are mostly the same.
+//! 1: everything but names. 2: content names (`Announce`, `Wanted`). 3: pages that are mostly the same. 4: questions
+//! before a crossing (`Consider`, `Ballast`, `Swallowed`), and `Awake` in place of `Running`.
 
 use std::time::Duration;
 
@@ -14,13 +15,18 @@ use crate::codec::{Malformed, Reader, Writer};
 use crate::failure::{Cause, Phase, Reason};
 use crate::handover::{LedgerId, MachineId, SessionId, Standing};
 use crate::machine::{Loaded, MachineCard, Offer};
+use crate::report::Woken;
 
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 pub const OLDEST_VERSION: u16 = 1;
 /// The version that brought content names.
 pub const VERSION_WITH_NAMES: u16 = 2;
 /// The version that brought [`Encoding::MostlySame`].
 pub const VERSION_WITH_MOSTLY_SAME: u16 = 3;
+/// The version that brought questions before a crossing.
+pub const VERSION_WITH_QUESTIONS: u16 = 4;
+/// The version in which the incoming side says when the guest ran.
+pub const VERSION_WITH_AWAKE: u16 = 4;
 
 pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
 pub const MAX_DESCRIPTION_BYTES: usize = 1 << 20;
@@ -31,6 +37,7 @@ pub const MAX_BLOCK_BYTES: u64 = 1 << 46;
 pub const MAX_LANES: u16 = 64;
 pub const MAX_NAMES: usize = 16 << 10;
 pub const MAX_TEXT_BYTES: usize = 1024;
+pub const MAX_BALLAST_BYTES: usize = 1 << 20;
 
 /// A frame's plain content never crosses a window of this size, and is never longer than one.
 pub const WINDOW_BYTES: u64 = 1 << 20;
@@ -179,6 +186,16 @@ pub enum Message {
         phase: Phase,
         message: String,
     },
+    /// Would you take this machine? Answered like an offer, and nothing comes of it.
+    Consider {
+        epoch: u64,
+        offer: Offer,
+    },
+    /// Bytes that mean nothing, to see what the link carries. Answered if asked for.
+    Ballast {
+        answer: bool,
+        bytes: Vec<u8>,
+    },
     // ------------------------------------------------------------------
     Welcome {
         version: u16,
@@ -225,6 +242,13 @@ pub enum Message {
     Working {
         frames: u64,
     },
+    /// The ballast so far has arrived.
+    Swallowed,
+    /// The machine runs; what `Running` says, and more.
+    Awake {
+        woken: Woken,
+        clock_behind: Option<Duration>,
+    },
 }
 
 impl Message {
@@ -241,6 +265,8 @@ impl Message {
             Message::Go { .. } => "Go",
             Message::Finish => "Finish",
             Message::Cancel { .. } => "Cancel",
+            Message::Consider { .. } => "Consider",
+            Message::Ballast { .. } => "Ballast",
             Message::Welcome { .. } => "Welcome",
             Message::Holding { .. } => "Holding",
             Message::Standing { .. } => "Standing",
@@ -253,6 +279,8 @@ impl Message {
             Message::Running { .. } => "Running",
             Message::Refused { .. } => "Refused",
             Message::Working { .. } => "Working",
+            Message::Swallowed => "Swallowed",
+            Message::Awake { .. } => "Awake",
         }
     }
 
@@ -279,35 +307,9 @@ impl Message {
                     Purpose::Ask => w.u8(2).u32(0),
                 };
             }
-            Message::Offer {
-                epoch,
-                lanes,
-                offer: Offer { card, blocks },
-            } => {
-                let MachineCard {
-                    machine,
-                    name,
-                    running,
-                    description,
-                } = card;
-                w.u8(2)
-                    .u64(*epoch)
-                    .u16(*lanes)
-                    .raw(&machine.0)
-                    .text(name, MAX_TEXT_BYTES);
-                w.flag(*running).bytes(description).u32(blocks.len() as u32);
-                for BlockInfo {
-                    id,
-                    kind,
-                    name,
-                    bytes,
-                } in blocks
-                {
-                    w.u16(id.0)
-                        .u8(block_kind_code(*kind))
-                        .text(name, MAX_TEXT_BYTES)
-                        .u64(*bytes);
-                }
+            Message::Offer { epoch, lanes, offer } => {
+                w.u8(2).u64(*epoch).u16(*lanes);
+                write_offer(&mut w, offer);
             }
             Message::Prepare => _ = w.u8(3),
             Message::Announce { block, first, names } => {
@@ -333,6 +335,11 @@ impl Message {
                     .u8(phase_code(*phase))
                     .text(message, MAX_TEXT_BYTES);
             }
+            Message::Consider { epoch, offer } => {
+                w.u8(12).u64(*epoch);
+                write_offer(&mut w, offer);
+            }
+            Message::Ballast { answer, bytes } => _ = w.u8(13).flag(*answer).bytes(bytes),
             Message::Welcome { version, ledger } => _ = w.u8(65).u16(*version).raw(&ledger.0),
             Message::Holding {
                 version,
@@ -376,6 +383,19 @@ impl Message {
             }
             Message::Running { took } => _ = w.u8(74).u64(nanos(*took)),
             Message::Working { frames } => _ = w.u8(76).u64(*frames),
+            Message::Swallowed => _ = w.u8(77),
+            Message::Awake {
+                woken:
+                    Woken {
+                        until_running,
+                        until_answer,
+                    },
+                clock_behind,
+            } => {
+                w.u8(78).u64(nanos(*until_running)).u64(nanos(*until_answer));
+                w.flag(clock_behind.is_some());
+                w.u64(clock_behind.map_or(0, nanos));
+            }
             Message::Refused {
                 phase,
                 reason: Reason { cause, message },
@@ -420,26 +440,8 @@ impl Message {
             2 => {
                 let epoch = r.u64("epoch")?;
                 let lanes = r.u16("number of lanes")?;
-                let machine = MachineId(r.array("machine")?);
-                let name = r.text(MAX_TEXT_BYTES, "machine name")?;
-                let running = r.flag("running")?;
-                let description = r.bytes(MAX_DESCRIPTION_BYTES, "machine description")?;
-                let count = r.count(MAX_BLOCKS, 15, "number of blocks")?;
-                let mut blocks = Vec::with_capacity(count);
-                for _ in 0..count {
-                    blocks.push(read_block(&mut r)?);
-                }
-                let card = MachineCard {
-                    machine,
-                    name,
-                    running,
-                    description,
-                };
-                Message::Offer {
-                    epoch,
-                    lanes,
-                    offer: Offer { card, blocks },
-                }
+                let offer = read_offer(&mut r)?;
+                Message::Offer { epoch, lanes, offer }
             }
             3 => Message::Prepare,
             4 => Message::Announce {
@@ -479,6 +481,14 @@ impl Message {
                 cause: read_cause(&mut r)?,
                 phase: read_phase(&mut r)?,
                 message: r.text(MAX_TEXT_BYTES, "reason")?,
+            },
+            12 => Message::Consider {
+                epoch: r.u64("epoch")?,
+                offer: read_offer(&mut r)?,
+            },
+            13 => Message::Ballast {
+                answer: r.flag("answer")?,
+                bytes: r.bytes(MAX_BALLAST_BYTES, "ballast")?,
             },
             65 => Message::Welcome {
                 version: r.u16("version")?,
@@ -545,6 +555,25 @@ impl Message {
             76 => Message::Working {
                 frames: r.u64("number of frames")?,
             },
+            77 => Message::Swallowed,
+            78 => {
+                let woken = Woken {
+                    until_running: Duration::from_nanos(r.u64("time until the guest ran")?),
+                    until_answer: Duration::from_nanos(r.u64("time until the answer")?),
+                };
+                let known = r.flag("clock measured")?;
+                let behind = Duration::from_nanos(r.u64("clock behind")?);
+                if !known && !behind.is_zero() {
+                    return Err(Malformed::Unknown {
+                        what: "clock behind",
+                        got: nanos(behind),
+                    });
+                }
+                Message::Awake {
+                    woken,
+                    clock_behind: known.then_some(behind),
+                }
+            }
             75 => Message::Refused {
                 phase: read_phase(&mut r)?,
                 reason: Reason {
@@ -770,6 +799,49 @@ fn write_numbers(w: &mut Writer, numbers: &[u64]) {
 fn read_numbers(r: &mut Reader<'_>, most: usize, what: &'static str) -> Result<Vec<u64>, Malformed> {
     let count = r.count(most, 8, what)?;
     (0..count).map(|_| r.u64(what)).collect()
+}
+
+fn write_offer(w: &mut Writer, offer: &Offer) {
+    let Offer { card, blocks } = offer;
+    let MachineCard {
+        machine,
+        name,
+        running,
+        description,
+    } = card;
+    w.raw(&machine.0).text(name, MAX_TEXT_BYTES);
+    w.flag(*running).bytes(description).u32(blocks.len() as u32);
+    for BlockInfo {
+        id,
+        kind,
+        name,
+        bytes,
+    } in blocks
+    {
+        w.u16(id.0)
+            .u8(block_kind_code(*kind))
+            .text(name, MAX_TEXT_BYTES)
+            .u64(*bytes);
+    }
+}
+
+fn read_offer(r: &mut Reader<'_>) -> Result<Offer, Malformed> {
+    let machine = MachineId(r.array("machine")?);
+    let name = r.text(MAX_TEXT_BYTES, "machine name")?;
+    let running = r.flag("running")?;
+    let description = r.bytes(MAX_DESCRIPTION_BYTES, "machine description")?;
+    let count = r.count(MAX_BLOCKS, 15, "number of blocks")?;
+    let mut blocks = Vec::with_capacity(count);
+    for _ in 0..count {
+        blocks.push(read_block(r)?);
+    }
+    let card = MachineCard {
+        machine,
+        name,
+        running,
+        description,
+    };
+    Ok(Offer { card, blocks })
 }
 
 fn block_kind_code(kind: BlockKind) -> u8 {

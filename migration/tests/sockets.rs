@@ -8,14 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::{FakeIncoming, Stage, Stand, options};
+use common::{Built, FakeIncoming, Stage, Stand, options};
 use ferry_migration::clock::HostClock;
-use ferry_migration::failure::{Cause, Whereabouts};
-use ferry_migration::link::Link;
-use ferry_migration::machine::Unobserved;
+use ferry_migration::failure::{Cause, Reason, Whereabouts};
+use ferry_migration::handover::{LedgerId, MachineId, SessionId};
+use ferry_migration::link::{Lane, Link, LinkError, Peer};
+use ferry_migration::machine::{MachineCard, Offer, Unobserved};
 use ferry_migration::options::Options;
 use ferry_migration::outgoing::{World, cross};
 use ferry_migration::receiver::{ReceiveOptions, Received, receive};
+use ferry_migration::rehearsal::{Answer, Question, rehearse};
 use ferry_migration::report::Report;
 use ferry_migration::transport::faulty::{Cut, Faulty, When};
 use ferry_migration::transport::{Address, Listener, PipeLink, PipeListener, SocketLink, Tls};
@@ -253,6 +255,136 @@ fn over_one_pipe_as_ssh_gives_it() {
     assert_eq!(report.lanes, 1);
     assert!(received.join().unwrap().taken);
     stage.assert_equal();
+}
+
+/// Asks twice before it connects in earnest: once of a side that would refuse.
+struct AskFirst {
+    link: SocketLink,
+    built: Arc<Built>,
+    offer: Option<Offer>,
+}
+
+impl AskFirst {
+    fn ask(&mut self, offer: &Offer) -> Answer {
+        let question = Question {
+            session: SessionId([77; 16]),
+            ledger: LedgerId([78; 16]),
+            epoch: 1,
+            offer: offer.clone(),
+            lanes: 4,
+            stall: STALL,
+            measure: true,
+            cancelled: &|| false,
+        };
+        let answer = rehearse(&mut self.link, &HostClock::new(), &question);
+        // The other side notices that this connection is over before the next one comes.
+        std::thread::sleep(Duration::from_millis(100));
+        answer
+    }
+}
+
+impl Link for AskFirst {
+    fn control(&mut self) -> Result<Box<dyn Peer>, LinkError> {
+        if let Some(offer) = self.offer.take() {
+            *self.built.refuse.lock().unwrap() = Some(Reason::new(Cause::NoMemory, "too big"));
+            let answer = self.ask(&offer);
+            assert_eq!(
+                answer.refused,
+                Some(Reason::new(Cause::NoMemory, "too big")),
+                "{answer:?}"
+            );
+            assert!(
+                answer.reached && answer.link_bytes_per_sec.unwrap() > 1e6,
+                "{answer:?}"
+            );
+            *self.built.refuse.lock().unwrap() = None;
+            let answer = self.ask(&offer);
+            assert_eq!((answer.refused.as_ref(), answer.lanes), (None, 4), "{answer:?}");
+            assert!(answer.link_bytes_per_sec.unwrap() > 1e6 && answer.round_trip.is_some());
+            assert_eq!(
+                self.built.prepared.load(Ordering::Acquire),
+                0,
+                "something was built for a question"
+            );
+        }
+        self.link.control()
+    }
+
+    fn lane(&mut self, session: SessionId, attempt: u32, index: u16) -> Result<Box<dyn Lane>, LinkError> {
+        self.link.lane(session, attempt, index)
+    }
+
+    fn most_lanes(&self) -> u16 {
+        self.link.most_lanes()
+    }
+}
+
+/// A question leaves nothing: neither a refusal nor an answer keeps the machine from coming afterwards.
+#[test]
+fn a_receiver_that_was_asked_waits_on() {
+    let mut stage = Stage::new(31);
+    let built = Arc::clone(&stage.built);
+    let info = stage.outgoing.blocks.iter().map(|block| block.info.clone());
+    let offer = Offer {
+        card: MachineCard {
+            machine: MachineId([4; 16]),
+            name: "asked".into(),
+            running: true,
+            description: b"two vCPUs".to_vec(),
+        },
+        blocks: info.collect(),
+    };
+    let (report, received) = cross_over(&mut stage, "tcp://127.0.0.1:0", &options(1, 2), |link| {
+        Box::new(AskFirst {
+            link,
+            built,
+            offer: Some(offer),
+        })
+    });
+    assert_eq!(report.outcome.failure, None, "{report:#?}");
+    assert!(received.taken, "{received:?}");
+    stage.assert_equal();
+    assert_eq!(
+        (report.fact.total, report.fact.wire_bytes),
+        (report.total, report.wire_bytes)
+    );
+}
+
+/// A receiver at the end of a pipe whose other end only asked, and is gone, does not wait for ever.
+#[test]
+fn a_pipe_that_only_asked_ends_its_receiver() {
+    let stage = Stage::new(32);
+    let (near, far) = UnixStream::pair().unwrap();
+    let listener = PipeListener::new(far.try_clone().unwrap(), far, STALL).unwrap();
+    let (give, arrivals) = crossbeam::channel::unbounded();
+    let mut machine = FakeIncoming {
+        built: Arc::clone(&stage.built),
+        witness: Arc::clone(&stage.witness),
+    };
+    let mut their_ledger = stage.their_ledger.clone();
+    std::thread::spawn(move || {
+        while let Ok(arrival) = listener.accept() {
+            let _ = give.send(arrival);
+        }
+    });
+    let (done, ended) = crossbeam::channel::bounded(1);
+    std::thread::spawn(move || {
+        let stop = AtomicBool::new(false);
+        let options = ReceiveOptions::default();
+        let clock = HostClock::new();
+        let received = receive(
+            &mut machine,
+            &mut their_ledger,
+            &clock,
+            &arrivals,
+            &stop,
+            &options,
+        );
+        let _ = done.send(received);
+    });
+    near.shutdown(std::net::Shutdown::Write).unwrap();
+    let received = ended.recv_timeout(Duration::from_secs(20)).expect("it ends");
+    assert!(!received.taken && received.reason.is_some(), "{received:?}");
 }
 
 /// Somebody answers and then says nothing.

@@ -17,10 +17,11 @@ use ferry_migration::pages::cache::DeltaCache;
 use ferry_migration::pages::decode::{Placement, Scratch};
 use ferry_migration::pages::encode::{Compression, Encoder, Memory};
 use ferry_migration::pages::sent::SentHashes;
+use ferry_migration::report::Woken;
 use ferry_migration::units::UnitSet;
 use ferry_migration::wire::{
-    Encoding, Entry, FrameHeader, Greeting, Message, Purpose, Stage as Held, common_version, envelope,
-    open_envelope,
+    Encoding, Entry, FrameHeader, Greeting, Message, Purpose, Stage as Held, VERSION, common_version,
+    envelope, open_envelope,
 };
 use proptest::prelude::*;
 
@@ -129,6 +130,22 @@ fn messages() -> Vec<Message> {
             reason,
         },
         Message::Working { frames: 9 },
+        Message::Consider {
+            epoch: 5,
+            offer: offer(),
+        },
+        Message::Ballast {
+            answer: true,
+            bytes: vec![6, 6],
+        },
+        Message::Swallowed,
+        Message::Awake {
+            woken: Woken {
+                until_running: Duration::from_nanos(5),
+                until_answer: Duration::from_nanos(6),
+            },
+            clock_behind: Some(Duration::from_nanos(7)),
+        },
     ]
 }
 
@@ -227,14 +244,15 @@ fn a_newer_side_crosses_to_the_version_before_and_the_other_way_round() {
 fn no_version_in_common_is_said_before_anything_else_happens() {
     let mut stage = Stage::new(3);
     stage.set_terms(Terms {
-        oldest_version: 4,
-        newest_version: 5,
+        oldest_version: VERSION + 1,
+        newest_version: VERSION + 2,
         ..Terms::default()
     });
     let report = stage.cross(&mut stage.loopback(4), &options(1, 2));
     let failure = report.outcome.failure.unwrap();
     assert_eq!((failure.cause, failure.phase), (Cause::Version, Phase::Negotiate));
-    assert!(failure.message.contains("4 to 5"), "{failure}");
+    let range = format!("{} to {}", VERSION + 1, VERSION + 2);
+    assert!(failure.message.contains(&range), "{failure}");
     assert!(stage.witness.runs_here());
 }
 
@@ -347,7 +365,7 @@ proptest! {
                 let known = ledger.read(SessionId([1; 16]), Side::Incoming).unwrap().unwrap();
                 prop_assert_eq!(known.standing, Standing::Taken);
             } else if go {
-                let runs = matches!(reply.message, Some(Message::Running { .. }));
+                let runs = matches!(reply.message, Some(Message::Running { .. } | Message::Awake { .. }));
                 prop_assert!(!runs);
             }
             loaded = matches!(incoming, Incoming::Loaded(_) | Incoming::Running(_) | Incoming::Over(_));

@@ -1,60 +1,28 @@
-//! What a crossing will take, before it begins: time, bytes and downtime, each with a range.
+//! What a crossing will take, before it begins and while it goes on: time, bytes and downtime.
 //!
-//! The machine was watched for a while: how much it writes in windows of different lengths. From that curve and
-//! the link the rounds are played through in whole numbers of bytes; no guest is simulated, nothing is random.
+//! Before: the machine was watched for a while ([`WriteCurve`]) and the link was measured; from these the crossing is
+//! played through with the policy that would steer it, at the least, the expected and the most favourable numbers.
+//! While it goes on: what the policy sees is played on from there ([`from_here`]).
 
+mod curve;
 pub mod lmdt;
 pub mod order;
+mod play;
+pub mod sample;
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cost::Cost;
+pub use curve::{Class, WriteCurve};
+pub use sample::{Sampled, sample};
+
+use crate::policy::{History, Limits, ServiceUse};
 use crate::report::Promise;
-
-/// How many different bytes the machine writes in a window, from windows of different lengths: it rises with
-/// the length, ever slower, because what is written often is written again.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct WriteCurve {
-    /// (length of the window, bytes written in it), ascending.
-    points: Vec<(Duration, u64)>,
-}
-
-impl WriteCurve {
-    /// Points in any order; where a longer window shows less than a shorter one, the most before it counts.
-    pub fn new(mut points: Vec<(Duration, u64)>) -> Self {
-        points.retain(|(length, _)| !length.is_zero());
-        points.sort();
-        let mut most = 0;
-        for point in &mut points {
-            most = most.max(point.1);
-            point.1 = most;
-        }
-        WriteCurve { points }
-    }
-
-    /// Different bytes written in a window of this length: linear between the points, and beyond the last with
-    /// the slope of the last stretch.
-    pub fn bytes(&self, secs: f64) -> f64 {
-        let mut before = (0.0, 0.0);
-        let mut slope = 0.0;
-        for (length, bytes) in &self.points {
-            let at = (length.as_secs_f64(), *bytes as f64);
-            if at.0 > before.0 {
-                slope = (at.1 - before.1) / (at.0 - before.0);
-            }
-            if secs <= at.0 {
-                return before.1 + slope * (secs - before.0);
-            }
-            before = at;
-        }
-        before.1 + slope * (secs - before.0)
-    }
-}
+use play::{Amount, Ending, Ground, Player};
 
 /// What is known before the crossing.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Known {
     /// What has to cross at least once, and what of it is zero or empty and costs next to nothing.
     pub total_bytes: u64,
@@ -62,18 +30,18 @@ pub struct Known {
     /// Wire bytes per byte of the rest: what compression is expected to do; 1 if nobody knows.
     pub wire_ratio: f64,
     pub writes: WriteCurve,
-    /// The least, the expected and the most that the link gives the crossing.
-    pub bandwidth_bytes_per_sec: [f64; 3],
-    /// Pausing, device state, verifying, resuming.
+    /// The least, the expected and the most that the link carries.
+    pub link_bytes_per_sec: [f64; 3],
+    /// How fast this host turns memory into frames; infinite if nobody knows.
+    pub copy_bytes_per_sec: f64,
+    pub round_trip: Duration,
+    /// Negotiating, and building the machine there.
+    pub prepare: Duration,
+    /// Pausing, device state, resuming: what policies count into the downtime.
     pub switch_fixed: Duration,
-    /// The downtime at which the crossing will switch.
-    pub downtime: Duration,
-    pub most_rounds: u32,
-    pub cost: Cost,
-    /// The whole link, for what the service keeps while the crossing uses its bandwidth.
-    pub link_bytes_per_sec: f64,
-    /// Whether the service's packets go first: then the copying costs it nothing that counts.
-    pub service_goes_first: bool,
+    /// Comparing both sides inside the switch, which no policy can choose.
+    pub verify: Duration,
+    pub service: Option<ServiceUse>,
 }
 
 /// A number with the range it is expected in.
@@ -92,42 +60,63 @@ pub struct Estimate {
     pub rounds: Range,
     /// Seconds of outage, if the service level is known.
     pub cost: Option<Range>,
-    /// Whether the downtime asked for is reached at the least, the expected and the most bandwidth.
+    /// Whether the machine gets across within the downtime asked for, in the worst, the expected and the best case.
     pub converges: [bool; 3],
+    /// Whether the policy would switch at all in the expected case; if not, the machine stays here.
+    pub crosses: bool,
+    /// Why it would switch, or not.
+    pub reason: String,
 }
 
 impl Estimate {
-    /// What is said before the move: the expected numbers.
-    pub fn promise(&self) -> Promise {
-        let secs = |s: f64| Duration::try_from_secs_f64(s).unwrap_or(Duration::MAX);
-        Promise {
-            total: secs(self.total_secs.expected),
-            downtime: secs(self.downtime_secs.expected),
+    /// What is said before the move: the expected numbers. None if the machine would not cross.
+    pub fn promise(&self) -> Option<Promise> {
+        self.crosses.then(|| Promise {
+            at: Duration::ZERO,
+            total: duration(self.total_secs.expected),
+            downtime: duration(self.downtime_secs.expected),
             wire_bytes: self.wire_bytes.expected as u64,
-        }
+        })
     }
 }
 
-/// One play of the rounds.
-struct Play {
-    total_secs: f64,
-    downtime_secs: f64,
-    wire_bytes: f64,
-    rounds: f64,
-    cost: f64,
-    converges: bool,
+fn duration(secs: f64) -> Duration {
+    Duration::try_from_secs_f64(secs).unwrap_or(Duration::MAX)
 }
 
 /// How much more and less than the watched writing is thought possible.
 const WRITING_VARIES: f64 = 0.25;
+/// A zero page is a few bytes on the wire; 1/256 is generous.
+const EMPTY_RATIO: f64 = 1.0 / 256.0;
+/// Slices that a play before the move takes as they are, and one while it goes on.
+const FINE_STEPS: u32 = 400;
+const LIVE_STEPS: u32 = 12;
+/// So many windows tell all there is to tell.
+const MOST_POINTS: usize = 8;
+
+fn sound(value: f64, otherwise: f64) -> f64 {
+    if value.is_nan() { otherwise } else { value }
+}
 
 /// Plays the crossing with the least, the expected and the most favourable numbers.
-pub fn estimate(known: &Known) -> Estimate {
-    let [slow, usual, fast] = known.bandwidth_bytes_per_sec;
-    let bad = play(known, slow.min(usual), 1.0 + WRITING_VARIES);
-    let expected = play(known, usual, 1.0);
-    let good = play(known, fast.max(usual), 1.0 - WRITING_VARIES);
-    let range = |pick: fn(&Play) -> f64| {
+pub fn estimate(known: &Known, limits: &Limits) -> Estimate {
+    let [slow, usual, fast] = known
+        .link_bytes_per_sec
+        .map(|rate| sound(rate, 1.0).clamp(1.0, 1e15));
+    let play = |link, writing| {
+        let mut ending = play(known, limits, link, writing);
+        if ending.crosses {
+            let verify = known.verify.as_secs_f64();
+            ending.secs += verify;
+            ending.downtime_secs += verify;
+            ending.cost += verify * limits.cost.down();
+        }
+        ending
+    };
+    let bad = play(slow.min(usual), 1.0 + WRITING_VARIES);
+    let expected = play(usual, 1.0);
+    let good = play(fast.max(usual), 1.0 - WRITING_VARIES);
+    let range = |pick: &dyn Fn(&Ending) -> f64| {
         let values = [pick(&bad), pick(&expected), pick(&good)];
         Range {
             low: values.iter().copied().fold(f64::INFINITY, f64::min),
@@ -135,138 +124,204 @@ pub fn estimate(known: &Known) -> Estimate {
             high: values.iter().copied().fold(0.0, f64::max),
         }
     };
+    let limit = (limits.downtime + known.verify).as_secs_f64();
+    let prepare = known.prepare.as_secs_f64();
     Estimate {
-        total_secs: range(|p| p.total_secs),
-        downtime_secs: range(|p| p.downtime_secs),
-        wire_bytes: range(|p| p.wire_bytes),
-        rounds: range(|p| p.rounds),
-        cost: known.cost.is_known().then(|| range(|p| p.cost)),
-        converges: [bad.converges, expected.converges, good.converges],
+        total_secs: range(&|ending| prepare + ending.secs),
+        downtime_secs: range(&|ending| ending.downtime_secs),
+        wire_bytes: range(&|ending| ending.wire_bytes),
+        rounds: range(&|ending| ending.rounds),
+        cost: limits.cost.is_known().then(|| range(&|ending| ending.cost)),
+        converges: [&bad, &expected, &good].map(|ending| ending.crosses && ending.downtime_secs <= limit),
+        crosses: expected.crosses,
+        reason: expected.reason,
     }
 }
 
-fn play(known: &Known, bandwidth: f64, writing: f64) -> Play {
-    let bandwidth = if bandwidth.is_finite() {
-        bandwidth.max(1.0)
-    } else {
-        1.0
-    };
-    let ratio = if known.wire_ratio.is_finite() {
-        known.wire_ratio.max(1e-3)
-    } else {
-        1.0
-    };
-    let late = if known.service_goes_first {
-        0.0
-    } else {
-        known.cost.at(known.link_bytes_per_sec - bandwidth)
-    };
-    let fixed = known.switch_fixed.as_secs_f64();
-    let room = (known.downtime.as_secs_f64() - fixed).max(0.0);
+fn play(known: &Known, limits: &Limits, link: f64, writing: f64) -> Ending {
+    let ratio = sound(known.wire_ratio, 1.0).clamp(1e-3, 2.0);
     let total = known.total_bytes as f64;
-    // An empty page is a few bytes on the wire; 1/256 is generous.
     let empty = (known.empty_bytes as f64).min(total);
-    let mut wire = (total - empty) * ratio + empty / 256.0;
-    let (mut secs, mut sent, mut rounds) = (0.0, 0.0, 0.0);
-    let mut best = f64::INFINITY;
-    let mut idle_rounds = 0;
-    loop {
-        let time = wire / bandwidth;
-        secs += time;
-        sent += wire;
-        rounds += 1.0;
-        wire = (known.writes.bytes(time) * writing).min(total) * ratio;
-        let rest = wire / bandwidth;
-        // Rounds that bring nothing any more end the play, as they end the crossing.
-        idle_rounds = if rest < best * 0.98 { 0 } else { idle_rounds + 1 };
-        best = best.min(rest);
-        let converges = rest <= room;
-        if converges || idle_rounds >= 3 || rounds >= f64::from(known.most_rounds.max(1)) {
-            let downtime = fixed + rest;
-            return Play {
-                total_secs: secs + downtime,
-                downtime_secs: downtime,
-                wire_bytes: sent + wire,
-                rounds: rounds + 1.0,
-                cost: secs * late + downtime * known.cost.down(),
-                converges,
-            };
+    let mut amounts = amounts(&known.writes, total - empty, ratio, writing);
+    amounts.push(Amount {
+        bytes: empty,
+        writes_per_sec: 0.0,
+        ratio: EMPTY_RATIO,
+        dirty: 0.0,
+        planned: 0.0,
+    });
+    for amount in &mut amounts {
+        amount.dirty = amount.bytes;
+    }
+    let history = History {
+        between_rounds: true,
+        total_bytes: known.total_bytes,
+        remaining_bytes: known.total_bytes,
+        switch_fixed: known.switch_fixed,
+        service: known.service,
+        ..History::default()
+    };
+    let ground = Ground {
+        limits,
+        link_bytes_per_sec: link,
+        copy_bytes_per_sec: sound(known.copy_bytes_per_sec, f64::INFINITY),
+        round_trip_secs: known.round_trip.as_secs_f64(),
+        fine_steps: FINE_STEPS,
+    };
+    Player::new(ground, amounts, history).play()
+}
+
+/// Memory that writes like the curve, and the rest that is never written.
+fn amounts(writes: &WriteCurve, bytes: f64, ratio: f64, writing: f64) -> Vec<Amount> {
+    let mut amounts: Vec<Amount> = writes
+        .classes(bytes)
+        .iter()
+        .map(|class| Amount {
+            bytes: class.bytes,
+            writes_per_sec: class.writes_per_sec * writing,
+            ratio,
+            dirty: 0.0,
+            planned: 0.0,
+        })
+        .collect();
+    let written: f64 = amounts.iter().map(|amount| amount.bytes).sum();
+    amounts.push(Amount {
+        bytes: (bytes - written).max(0.0),
+        writes_per_sec: 0.0,
+        ratio,
+        dirty: 0.0,
+        planned: 0.0,
+    });
+    amounts
+}
+
+/// What the history does not tell of a crossing that goes on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SoFar {
+    /// Since the crossing began.
+    pub at: Duration,
+    /// The time before the copying began.
+    pub prepared: Duration,
+    pub wire_bytes: u64,
+    /// What comparing both sides is expected to take.
+    pub verify: Duration,
+}
+
+/// What is expected now, in the middle of it: `history` as the policy sees it. None while nothing is known of the link, or if no end is in sight.
+pub fn from_here(history: &History, limits: &Limits, so_far: SoFar) -> Option<Promise> {
+    let link = limits.link(history)?;
+    let ratio = history.wire_ratio();
+    let amounts = if history.groups.iter().any(|group| group.bytes > 0) {
+        by_groups(history, ratio)
+    } else {
+        by_rounds(history, ratio)
+    };
+    let ground = Ground {
+        limits,
+        link_bytes_per_sec: link.max(1.0),
+        copy_bytes_per_sec: f64::INFINITY,
+        round_trip_secs: 0.0,
+        fine_steps: LIVE_STEPS,
+    };
+    let ending = Player::new(ground, amounts, history.clone()).play();
+    ending.crosses.then(|| Promise {
+        at: so_far.at,
+        total: so_far.prepared + duration(ending.secs) + so_far.verify,
+        downtime: duration(ending.downtime_secs) + so_far.verify,
+        wire_bytes: so_far.wire_bytes.saturating_add(ending.wire_bytes as u64),
+    })
+}
+
+/// What of the dirty bytes the round going on still carries.
+fn planned_part(history: &History) -> f64 {
+    if history.between_rounds || history.remaining_bytes == 0 {
+        return 0.0;
+    }
+    let left = history
+        .round
+        .planned_bytes
+        .saturating_sub(history.round.copied_bytes);
+    (left as f64 / history.remaining_bytes as f64).min(1.0)
+}
+
+fn by_groups(history: &History, ratio: f64) -> Vec<Amount> {
+    let part = planned_part(history);
+    let groups = history.groups.iter();
+    groups
+        .map(|group| Amount {
+            bytes: group.bytes as f64,
+            writes_per_sec: sound(group.writes_per_sec, 0.0).max(0.0),
+            ratio,
+            dirty: group.dirty_bytes as f64 * (1.0 - part),
+            planned: group.dirty_bytes as f64 * part,
+        })
+        .collect()
+}
+
+/// Without groups the rounds are the watching: what was written in one of length T was, on average, watched for T/2,
+/// because each page is watched from the moment it is sent.
+fn by_rounds(history: &History, ratio: f64) -> Vec<Amount> {
+    let total = history.total_bytes as f64;
+    let mut points: Vec<(Duration, u64)> = history
+        .rounds
+        .iter()
+        .rev()
+        .take(MOST_POINTS)
+        .map(|round| (round.time / 2, round.dirty_bytes))
+        .collect();
+    if history.rounds.is_empty() {
+        points = first_pass(history);
+    }
+    let watched = points
+        .iter()
+        .map(|(length, _)| length.as_secs_f64())
+        .fold(0.0, f64::max);
+    let mut amounts = amounts(&WriteCurve::new(points), total, ratio, 1.0);
+    let expected = |amount: &Amount| -amount.bytes * (-amount.writes_per_sec * watched).exp_m1();
+    let hot: f64 = amounts.iter().map(expected).sum();
+    let remaining = history.remaining_bytes as f64;
+    let scale = if hot > 0.0 {
+        (remaining / hot).min(1.0)
+    } else {
+        0.0
+    };
+    // What is dirty beyond that was not sent yet.
+    let unsent = (remaining - hot * scale).max(0.0);
+    let clean: f64 = amounts
+        .iter()
+        .map(|amount| amount.bytes - expected(amount) * scale)
+        .sum();
+    let share = if clean > 0.0 {
+        (unsent / clean).min(1.0)
+    } else {
+        0.0
+    };
+    let part = planned_part(history);
+    for amount in &mut amounts {
+        let written = expected(amount) * scale;
+        let dirty = written + (amount.bytes - written) * share;
+        (amount.dirty, amount.planned) = (dirty * (1.0 - part), dirty * part);
+    }
+    amounts
+}
+
+/// In the first pass only what is sent already is watched, more and more of it.
+fn first_pass(history: &History) -> Vec<(Duration, u64)> {
+    let (mut time, mut copied, mut dirtied) = (Duration::ZERO, 0u64, 0u64);
+    let mut points = Vec::new();
+    for sample in &history.samples {
+        time += sample.time;
+        copied += sample.copied_bytes;
+        dirtied += sample.dirtied_bytes;
+        let part = copied as f64 / history.total_bytes.max(1) as f64;
+        if part >= 0.01 {
+            points.push((time / 2, (dirtied as f64 / part) as u64));
         }
     }
+    let every = points.len().div_ceil(MOST_POINTS).max(1);
+    // The last one is always among them.
+    points.into_iter().rev().step_by(every).collect()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const MB: f64 = 1e6;
-
-    fn known(writes: &[(u64, u64)]) -> Known {
-        Known {
-            total_bytes: 1_000_000_000,
-            empty_bytes: 0,
-            wire_ratio: 1.0,
-            writes: WriteCurve::new(
-                writes
-                    .iter()
-                    .map(|(ms, mb)| (Duration::from_millis(*ms), mb * 1_000_000))
-                    .collect(),
-            ),
-            bandwidth_bytes_per_sec: [90.0 * MB, 100.0 * MB, 110.0 * MB],
-            switch_fixed: Duration::from_millis(50),
-            downtime: Duration::from_millis(300),
-            most_rounds: 30,
-            cost: Cost::unknown(),
-            link_bytes_per_sec: 125.0 * MB,
-            service_goes_first: false,
-        }
-    }
-
-    #[test]
-    fn a_machine_that_writes_nothing_takes_its_size() {
-        let e = estimate(&known(&[]));
-        assert!((e.total_secs.expected - 10.05).abs() < 1e-9);
-        assert!((e.downtime_secs.expected - 0.05).abs() < 1e-9);
-        assert_eq!(e.wire_bytes.expected, 1e9);
-        assert!(e.total_secs.low < 10.0 && e.total_secs.high > 11.0 && e.converges == [true; 3]);
-    }
-
-    #[test]
-    fn rounds_add_up_as_the_curve_says() {
-        // 10 MB/s of different pages: 100 MB after the first round of 10 s, then 10 MB in 1 s.
-        let e = estimate(&known(&[(1000, 10), (10_000, 100)]));
-        assert!((e.wire_bytes.expected - 1.11e9).abs() < 1e3, "{e:?}");
-        assert!((e.downtime_secs.expected - 0.15).abs() < 1e-6);
-        assert!((e.total_secs.expected - 11.15).abs() < 1e-6);
-    }
-
-    #[test]
-    fn what_is_written_faster_than_the_link_does_not_converge_and_says_so() {
-        let e = estimate(&known(&[(100, 20), (1000, 200), (10_000, 900)]));
-        assert_eq!(e.converges, [false; 3]);
-        assert!(e.downtime_secs.expected > 0.3);
-    }
-
-    #[test]
-    fn a_saturating_curve_is_read_between_its_points_and_never_falls() {
-        let curve = WriteCurve::new(vec![
-            (Duration::from_secs(4), 30),
-            (Duration::from_secs(1), 10),
-            (Duration::from_secs(2), 8),
-        ]);
-        assert_eq!(curve.bytes(0.5), 5.0);
-        assert_eq!(curve.bytes(2.0), 10.0);
-        assert_eq!(curve.bytes(3.0), 20.0);
-        assert_eq!(curve.bytes(6.0), 50.0);
-        assert_eq!(WriteCurve::default().bytes(5.0), 0.0);
-    }
-
-    #[test]
-    fn numbers_that_are_none_do_not_become_ours() {
-        let mut bad = known(&[(1000, 10)]);
-        bad.bandwidth_bytes_per_sec = [f64::NAN, 0.0, f64::INFINITY];
-        bad.wire_ratio = f64::NAN;
-        let e = estimate(&bad);
-        assert!(!e.total_secs.expected.is_nan() && !e.downtime_secs.high.is_nan());
-    }
-}
+mod tests;

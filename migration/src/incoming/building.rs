@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::failure::{Cause, Reason};
+use crate::failure::{Cause, Phase, Reason};
 use crate::handover::{Arrival, check_epoch};
 use crate::machine::Offer;
 use crate::pages::decode::Placement;
@@ -18,10 +18,7 @@ impl Greeted {
         offer: Offer,
         room: &mut Room<'_>,
     ) -> Result<(Incoming, Reply), Box<Failed>> {
-        check_offer(&offer)
-            .and_then(|()| check_epoch(&room.ledger.records(offer.card.machine)?, epoch))
-            .and_then(|()| room.machine.admit(&offer))
-            .map_err(Failed::closed)?;
+        may_come(epoch, &offer, room).map_err(Failed::closed)?;
         let lanes = lanes.clamp(1, room.terms.most_lanes.clamp(1, MAX_LANES));
         let offered = Offered {
             greeted: self,
@@ -31,6 +28,26 @@ impl Greeted {
         };
         Ok((Incoming::Offered(offered), Reply::of(Message::Accepted { lanes })))
     }
+
+    /// A question: whatever the answer is, this side waits on as if nobody had asked.
+    pub(super) fn consider(self, epoch: u64, offer: &Offer, room: &mut Room<'_>) -> (Incoming, Reply) {
+        let message = match may_come(epoch, offer, room) {
+            Ok(()) => Message::Accepted {
+                lanes: room.terms.most_lanes.clamp(1, MAX_LANES),
+            },
+            Err(reason) => Message::Refused {
+                phase: Phase::Negotiate,
+                reason,
+            },
+        };
+        (Incoming::Greeted(self), Reply::of(message))
+    }
+}
+
+fn may_come(epoch: u64, offer: &Offer, room: &mut Room<'_>) -> Result<(), Reason> {
+    check_offer(offer)?;
+    check_epoch(&room.ledger.records(offer.card.machine)?, epoch)?;
+    room.machine.admit(offer)
 }
 
 /// What must be true of any offer, before the monitor looks at it.

@@ -7,7 +7,8 @@ use crate::block::Name;
 use crate::failure::{Cause, Phase, Reason};
 use crate::handover::{SessionId, Standing};
 use crate::machine::Loaded as LoadTimes;
-use crate::wire::{MAX_STATE_BYTES, Message, Purpose, Stage, VERSION_WITH_NAMES};
+use crate::report::Woken;
+use crate::wire::{MAX_STATE_BYTES, Message, Purpose, Stage, VERSION_WITH_AWAKE, VERSION_WITH_NAMES};
 
 use super::{Copying, Failed, Greeted, Incoming, Loaded, Over, Reply, Room, Running, standing};
 
@@ -270,6 +271,7 @@ impl Loaded {
             let loaded = Loaded { copying, times };
             return Err(Failed::within(Incoming::Loaded(Box::new(loaded)), reason));
         }
+        let came = room.clock.now();
         room.desk.close();
         let permit = match copying.arrival.take(room.ledger) {
             Ok(permit) => permit,
@@ -279,11 +281,22 @@ impl Loaded {
         match room.machine.resume(permit) {
             Ok(()) => {
                 copying.arrival.started();
-                let took = room.clock.now().saturating_sub(start);
-                Ok((
-                    Incoming::Running(Running { session, took }),
-                    Reply::of(Message::Running { took }),
-                ))
+                let end = room.clock.now();
+                let took = end.saturating_sub(start);
+                let answer = if copying.version >= VERSION_WITH_AWAKE {
+                    let ran_after = room.machine.ran_after().unwrap_or(took).min(took);
+                    Message::Awake {
+                        woken: Woken {
+                            until_running: start.saturating_sub(came) + ran_after,
+                            until_answer: end.saturating_sub(came),
+                        },
+                        clock_behind: room.machine.clock_behind(),
+                    }
+                } else {
+                    Message::Running { took }
+                };
+                let reply = Reply::of(answer.clone());
+                Ok((Incoming::Running(Running { session, answer }), reply))
             }
             Err(reason) => {
                 room.machine.abort();

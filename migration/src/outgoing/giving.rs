@@ -1,7 +1,10 @@
 //! The hand over and what follows it: see `handover` for why it is done like this.
 
+use std::time::Duration;
+
 use crate::failure::{Cause, Failure, Phase, Reason, Side, Whereabouts};
 use crate::handover::{LedgerId, Verdict};
+use crate::report::Woken;
 use crate::talk::Broke;
 use crate::wire::{Message, Purpose, Stage};
 
@@ -35,7 +38,12 @@ impl Crossing<'_> {
                 Broke::Word { from, taken, why } => {
                     // It runs there, or provably nowhere: the rest is bookkeeping.
                     let took = self.mark();
-                    self.report.downtime.resume += took;
+                    let (resume, answer) = match self.woken.take() {
+                        Some(woken) if taken => woken.cut(took),
+                        _ => (took, Duration::ZERO),
+                    };
+                    self.report.downtime.resume += resume;
+                    self.report.downtime.answer += answer;
                     match self.heard(from, taken, why)? {
                         None => return Ok(()),
                         Some(doubt) => Broke::here(Reason::new(Cause::Link, doubt)),
@@ -61,18 +69,31 @@ impl Crossing<'_> {
         // Cancelling has no effect any more.
         match self.talk.hear(self.world.clock, self.options.stall, &|| None) {
             Ok(Message::Running { took }) => {
-                self.report.downtime.resume_there = took;
-                match self.peer_ledger {
-                    Some(from) => Broke::Word {
-                        from,
-                        taken: true,
-                        why: None,
-                    },
-                    None => Broke::here(Reason::new(Cause::Protocol, "the other side has no ledger")),
-                }
+                // An older side: it does not say when the go-ahead came, only how long starting took.
+                self.runs_there(Woken {
+                    until_running: took,
+                    until_answer: took,
+                })
+            }
+            Ok(Message::Awake { woken, clock_behind }) => {
+                self.report.clock_behind = clock_behind;
+                self.runs_there(woken)
             }
             Ok(other) => Broke::unexpected(&other, "Go"),
             Err(broke) => broke,
+        }
+    }
+
+    fn runs_there(&mut self, woken: Woken) -> Broke {
+        self.report.downtime.resume_there = woken.until_running;
+        self.woken = Some(woken);
+        match self.peer_ledger {
+            Some(from) => Broke::Word {
+                from,
+                taken: true,
+                why: None,
+            },
+            None => Broke::here(Reason::new(Cause::Protocol, "the other side has no ledger")),
         }
     }
 
@@ -84,7 +105,12 @@ impl Crossing<'_> {
         match self.talk.hear(self.world.clock, self.options.stall, &|| None) {
             Ok(Message::Holding {
                 stage: Stage::Loaded, ..
-            }) => self.ask_to_run(go),
+            }) => {
+                let word = self.ask_to_run(go);
+                // Which of the go-aheads started it, and when that came, nobody knows here: all of the time counts.
+                self.woken = None;
+                word
+            }
             Ok(other) => Broke::unexpected(&other, "Hello"),
             Err(broke) => broke,
         }

@@ -6,15 +6,17 @@ use std::time::Duration;
 use crate::block::{BlockId, BlockKind, Name, Span};
 use crate::copying::{Copying, Means, Tick};
 use crate::custody::Custody;
+use crate::estimate::{self, SoFar};
 use crate::failure::{Cause, Failure, Phase, Reason, Side};
 use crate::policy::{self, Action, Decision, UNLIMITED};
-use crate::report::{Event, Round};
+use crate::report::{Event, Moment, Round};
 use crate::talk::Broke;
 use crate::units::UnitSet;
 use crate::wire::{Message, VERSION_WITH_NAMES};
 
 use super::{
-    Crossing, LOOK_EVERY, NAMES_AT_ONCE, REPORT_ROUND, SHOW_EVERY, cancelled, carry_broke, is_late, lock,
+    Crossing, FORESEE_PART, LOOK_EVERY, NAMES_AT_ONCE, REPORT_ROUND, SHOW_EVERY, cancelled, carry_broke,
+    is_late, lock,
 };
 
 impl Crossing<'_> {
@@ -27,7 +29,13 @@ impl Crossing<'_> {
             Arc::clone(&self.memory),
         ));
         let copying = Copying::begin(&self.cargo, self.world.clock, self.start, &self.options.limits);
-        self.copying = Some(self.or_fail(copying.map_err(Reason::from))?);
+        let copying = self.or_fail(copying.map_err(Reason::from))?;
+        self.timeline.note(Moment {
+            at: self.now(),
+            remaining_bytes: copying.history.remaining_bytes,
+            ..Moment::default()
+        });
+        self.copying = Some(copying);
         self.copy_known()?;
         while let Some((decision, reason)) = self.decide()? {
             if let Err(broke) = self.slice(&decision, &reason) {
@@ -52,7 +60,34 @@ impl Crossing<'_> {
         copying.history.switch_fixed = fixed;
         copying.history.throttle_percent = self.throttled;
         copying.history.service = service;
-        let (decision, reason) = policy::decide(copying.look(&self.cargo, clock), &self.options.limits);
+        let history = copying.look(&self.cargo, clock);
+        let (decision, reason) = policy::decide(history, &self.options.limits);
+        let now = clock.now().saturating_sub(self.start);
+        if decision.action == Action::GoOn
+            && self.foreseen_at.is_none_or(|last| {
+                now.saturating_sub(last) >= self.options.foresee_every.max(now / FORESEE_PART)
+            })
+        {
+            let earlier: u64 = self.report.rounds.iter().map(|round| round.wire_bytes).sum();
+            let going_on = if history.between_rounds {
+                0
+            } else {
+                history.round.wire_bytes
+            };
+            let sent = earlier + going_on;
+            let limits = &self.options.limits;
+            if limits.link(history).is_some() {
+                self.foreseen_at = Some(now);
+            }
+            let so_far = SoFar {
+                at: now,
+                prepared: self.report.prepare,
+                wire_bytes: sent,
+                verify: self.options.verify_takes,
+            };
+            self.promise = estimate::from_here(history, limits, so_far);
+            self.report.promise = self.report.promise.or(self.promise);
+        }
         let reason = reason.to_string();
         if self.world.handle.wants_switch() {
             return Ok(None);
@@ -135,6 +170,9 @@ impl Crossing<'_> {
         let machine = &mut *self.world.machine;
         let start = self.start;
         let remaining_bytes = copying.history.remaining_bytes;
+        let disk_remaining_bytes = copying.history.disk_remaining_bytes;
+        let dirty_bytes_per_sec = copying.history.dirty_bytes_per_sec() as u64;
+        let promise = self.promise;
         let sent_before = copying.history.round.wire_bytes
             + self
                 .report
@@ -164,6 +202,9 @@ impl Crossing<'_> {
                     at,
                     sent_bytes,
                     remaining_bytes,
+                    disk_remaining_bytes,
+                    dirty_bytes_per_sec,
+                    promise,
                 });
             }
             if handle.wants_switch() {
@@ -184,10 +225,28 @@ impl Crossing<'_> {
         if let Some(reason) = stopped {
             return Err(Broke::here(reason));
         }
-        if outcome.map_err(carry_broke)? {
+        let done = outcome.map_err(carry_broke)?;
+        self.note_moment();
+        if done {
             self.close_round(decision, reason)?;
         }
         Ok(())
+    }
+
+    /// Within a round, for the timeline.
+    fn note_moment(&mut self) {
+        let at = self.now();
+        let Some(copying) = self.copying.as_ref() else {
+            return;
+        };
+        let history = &copying.history;
+        let earlier: u64 = self.report.rounds.iter().map(|round| round.wire_bytes).sum();
+        self.timeline.note(Moment {
+            at,
+            wire_bytes: earlier + history.round.wire_bytes,
+            remaining_bytes: history.remaining_bytes,
+            dirty_bytes_per_sec: history.dirty_bytes_per_sec() as u64,
+        });
     }
 
     /// The other side says that it holds everything that was sent.
@@ -212,7 +271,8 @@ impl Crossing<'_> {
             .last()
             .map_or(done.took, |round| round.time);
         done.rate_bytes_per_sec = crate::copying::rate(done.wire_bytes, done.took);
-        done.predicted_downtime = copying.predicted_downtime();
+        done.remaining_bytes = copying.history.remaining_bytes;
+        done.promise = self.promise;
         self.world
             .observer
             .event(&Event::RoundDone(Box::new(done.clone())));

@@ -173,7 +173,19 @@ pub fn time(secs: f64) -> String {
         s if !s.is_finite() => "for ever".into(),
         s if s >= 1.0 => format!("{s:.1} s"),
         s if s >= 0.001 => format!("{:.1} ms", s * 1e3),
-        s => format!("{:.1} us", s * 1e6),
+        s if s >= 0.05e-6 => format!("{:.1} us", s * 1e6),
+        _ => "nothing".into(),
+    }
+}
+
+/// A part of a whole as people say it. What rounding leaves of nothing is none.
+pub fn part(value: f64) -> String {
+    match value * 100.0 {
+        p if !p.is_finite() => "an unknown part".into(),
+        p if p >= 99.95 => "all".into(),
+        p if p >= 0.095 => format!("{p:.1} %"),
+        p if p >= 0.0005 => format!("{p:.3} %"),
+        _ => "none".into(),
     }
 }
 
@@ -342,9 +354,10 @@ impl std::fmt::Display for Reason {
                 stop_cost_secs,
             } => write!(
                 f,
-                "at {} against {} written, {late:.2e} of the requests are late and a page costs {} now and {} in the switch",
+                "at {} against {} written, {} of the requests are late and a page costs {} now and {} in the switch",
                 rate(*bandwidth_bytes_per_sec),
                 rate(*dirty_bytes_per_sec),
+                part(*late),
                 time(*step_cost_secs),
                 time(*stop_cost_secs)
             ),
@@ -427,5 +440,37 @@ impl std::fmt::Display for Reason {
             Reason::LinkSilent => write!(f, "the link carries nothing now, which is no moment to switch"),
             Reason::Unmeasured => write!(f, "nothing is known of the link yet"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sums of tiny numbers of both signs come out as -0.0 or 1e-17: a person reads "none", not an exponent.
+    #[test]
+    fn costs_are_readable() {
+        assert_eq!([-0.0, 0.0, 1e-17, -3e-9].map(part), ["none"; 4]);
+        assert_eq!(
+            [0.053, 0.00004, 1.0, 0.5].map(part),
+            ["5.3 %", "0.004 %", "all", "50.0 %"]
+        );
+        assert_eq!([0.0, -0.0, 1e-12].map(time), ["nothing"; 3]);
+        assert_eq!(
+            [2.5e-6, 0.0004, 0.25, 3.0].map(time),
+            ["2.5 us", "400.0 us", "250.0 ms", "3.0 s"]
+        );
+        let reason = Reason::StepPays {
+            bandwidth_bytes_per_sec: 1e6,
+            dirty_bytes_per_sec: 0.0,
+            late: -0.0,
+            step_cost_secs: 1e-9,
+            stop_cost_secs: 3e-5,
+        };
+        let said = reason.to_string();
+        assert!(
+            said.contains("none of the requests") && !said.contains("e-"),
+            "{said}"
+        );
     }
 }
