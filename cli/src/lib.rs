@@ -14,6 +14,8 @@ pub mod failure;
 pub mod load;
 pub mod logging;
 pub mod output;
+mod plot;
+mod report_page;
 pub mod simulate;
 pub mod ssh;
 pub mod terminal;

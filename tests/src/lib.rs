@@ -7,3 +7,4 @@ pub mod host;
 pub mod nested;
 pub mod proxy;
 pub mod relay;
+pub mod schema;

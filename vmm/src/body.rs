@@ -83,7 +83,8 @@ impl Body {
     }
 
     /// Puts saved state into vCPUs and devices that have not run yet. Every record is decoded before the first is used.
-    pub(crate) fn restore(&self, caps: &Capabilities, records: Vec<Record>) -> Result<()> {
+    /// Tells how far the guest's clock is behind, where that can be measured.
+    pub(crate) fn restore(&self, caps: &Capabilities, records: Vec<Record>) -> Result<Option<Duration>> {
         let mut reader = RecordReader::new(records);
         let mut take = |key| reader.take(&key).map_err(crate::state::saved);
         let then = clock::from_record(&take(clock::key())?)?;
@@ -105,6 +106,7 @@ impl Body {
         }
         chips::restore(&self.vm.fd, caps, &chips)?;
         self.devices.restore(&mut reader)?;
-        reader.finish().map_err(crate::state::saved)
+        reader.finish().map_err(crate::state::saved)?;
+        Ok(clock::behind(&then, &now))
     }
 }

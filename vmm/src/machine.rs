@@ -298,14 +298,14 @@ impl Machine {
     }
 
     /// Puts saved state into a machine that was only created or prepared; it is paused afterwards. If this fails the
-    /// machine is of no use any more; where the state came from nothing has changed.
-    pub fn restore(&self, records: Vec<Record>) -> Result<()> {
+    /// machine is of no use any more; where the state came from nothing has changed. Tells how far the guest's clock is behind, where that can be measured.
+    pub fn restore(&self, records: Vec<Record>) -> Result<Option<Duration>> {
         let body = self.body();
         let body = body.as_ref().ok_or_else(gone)?;
         next(&self.state(), Event::Restore)?;
         let restored = body.restore(&self.caps, records);
         match &restored {
-            Ok(()) => self.keeper.life.apply(Event::Restore)?,
+            Ok(_) => self.keeper.life.apply(Event::Restore)?,
             Err(error) => self.keeper.life.apply(Event::Fail(error.to_string()))?,
         };
         restored
@@ -341,7 +341,7 @@ impl Machine {
         *slot = None;
         let rebuilt = self
             .build()
-            .and_then(|body| body.restore(&self.caps, records).map(|()| body));
+            .and_then(|body| body.restore(&self.caps, records).map(|_| body));
         match rebuilt {
             Ok(body) => {
                 if was_running {

@@ -3,19 +3,23 @@
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use ferry_migration::cost::{Cost, parse_duration, parse_rate, parse_sla};
 use ferry_migration::failure::Whereabouts;
 use ferry_migration::pages::encode::Compression;
 use ferry_migration::policy::{DeadlineAction, Limits, Policy};
-use ferry_migration::report::{Event, Report};
+use ferry_migration::report::{Event, Promise, Report};
+use ferry_network::probe::ProbeTarget;
 use ferry_vmm::control::client::{Client, ClientError};
+use ferry_vmm::crossing::ledger;
 use ferry_vmm::crossing::request::{CrossingLine, CrossingRequest};
 use ferry_vmm::name::Name;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::dry_run;
+use super::probing::Probing;
 use crate::cli::Globals;
 use crate::failure::Usage;
 use crate::say;
@@ -33,6 +37,8 @@ use crate::ssh::{SshDestination, Tunnel};
     ferry migrate web ssh://beta.lan\n  \
     ferry migrate web tcp://beta.lan:7070 --tls keys/alpha.lan --downtime 100ms\n  \
     ferry migrate web tcp://10.0.0.2:7070 --policy calm-live --sla rate=20/s,size=1MB,deadline=1s --link 1Gbit\n  \
+    ferry migrate web tcp://10.0.0.2:7070 --dry-run\n  \
+    ferry migrate web tcp://10.0.0.2:7070 --probe http://10.0.0.80/\n  \
     ferry migrate --cancel web")]
 pub struct MigrateArgs {
     /// The machine
@@ -97,7 +103,16 @@ pub struct MigrateArgs {
     /// Write the report here, as JSON
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
-    /// Everything that happens as JSON lines, the report last
+    /// Ask the machine's service all the time and report the outage that a client saw: tcp:HOST:PORT, icmp:HOST or http://HOST/PATH
+    #[arg(long, value_name = "TARGET", conflicts_with_all = ["cancel", "dry_run"])]
+    pub probe: Option<ProbeTarget>,
+    /// How long to go on asking after the crossing
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = time, requires = "probe")]
+    pub probe_for: Duration,
+    /// Only say what would happen: watch the machine for a second, ask the receiver, measure the link; nothing is changed
+    #[arg(long, conflicts_with_all = ["cancel", "report"])]
+    pub dry_run: bool,
+    /// Everything that happens as JSON lines, the report last; with --dry-run one object
     #[arg(long)]
     pub json: bool,
 }
@@ -202,29 +217,42 @@ pub fn run(args: &MigrateArgs, globals: &Globals) -> Result<ExitCode> {
         reconnect_for: args.reconnect,
     };
     cancel_on_signals(&args.name, globals)?;
+    if args.dry_run {
+        let rehearsal = client.rehearse(&request)?;
+        drop(tunnel);
+        return dry_run::show(&rehearsal, destination, args);
+    }
+    let probing = args.probe.as_ref().map(Probing::start).transpose()?;
     let mut report = None;
+    let mut began = None;
     let mut screen = Screen::new(args.json);
-    let mut begun = false;
     let told = client.cross(&request, |line| {
-        begun = true;
-        screen.show(&line);
-        if let CrossingLine::Report(found) = line {
-            report = Some(*found);
+        began.get_or_insert_with(Instant::now);
+        match line {
+            CrossingLine::Report(found) => report = Some(*found),
+            CrossingLine::Event(_) => screen.show(&line),
         }
     });
     match told {
         // Its process is gone, which is said below.
-        Err(ClientError::NoAnswer { .. }) if begun => {}
+        Err(ClientError::NoAnswer { .. }) if began.is_some() => {}
         other => other?,
     }
     screen.clear();
     drop(tunnel);
-    let report = report.ok_or_else(|| {
+    let mut report = report.ok_or_else(|| {
         anyhow!(
             "the process of {} ended before it said how the crossing went; `ferry list` here and there shows where the machine is",
             args.name
         )
     })?;
+    if let Some(probing) = probing {
+        report.probe = probing.finish(began.unwrap_or_else(Instant::now), args.probe_for);
+        ledger::amend_report(&globals.base()?, &args.name, &report);
+    }
+    if args.json {
+        screen.show(&CrossingLine::Report(Box::new(report.clone())));
+    }
     if let Some(path) = &args.report {
         let text = serde_json::to_vec_pretty(&report)?;
         std::fs::write(path, text)
@@ -273,18 +301,53 @@ fn finish(report: &Report, destination: &str, args: &MigrateArgs) -> Result<Exit
         (None, Whereabouts::There) => {
             if !args.json {
                 say!(
-                    "{name} is at {destination} now: {} in {}, {} on the wire, it stood still for {}",
+                    "{name} is at {destination} now: {} in {}, {} on the wire, it stood still for {}{}",
                     what(report),
                     seconds(report.total),
                     bytes(report.wire_bytes),
-                    milliseconds(report.downtime.total)
+                    milliseconds(report.downtime.total),
+                    promised(report)
                 )?;
+                if let Some(probe) = &report.probe {
+                    say!(
+                        "a client of {} waited {} at the longest; {} of {} questions were not answered",
+                        probe.target,
+                        milliseconds(probe.longest_silence),
+                        probe.lost,
+                        probe.sent
+                    )?;
+                }
             }
             Ok(ExitCode::SUCCESS)
         }
         _ if args.json => Ok(ExitCode::FAILURE),
         (Some(failure), _) => Err(anyhow!("{failure}")),
         (None, _) => Err(anyhow!("{}", report.outcome.sentence())),
+    }
+}
+
+/// What was promised before the move, if anything was.
+fn promised(report: &Report) -> String {
+    match report.promise {
+        Some(promise) if promise.at.is_zero() => format!(
+            "; promised were {}, {} and {}",
+            seconds(promise.total),
+            bytes(promise.wire_bytes),
+            milliseconds(promise.downtime)
+        ),
+        _ => String::new(),
+    }
+}
+
+/// What is expected, for the line of progress.
+fn expected(promise: Option<Promise>, at: Duration) -> String {
+    match promise {
+        Some(promise) => format!(
+            "done in {} with {} of downtime",
+            seconds(promise.total.saturating_sub(at)),
+            milliseconds(promise.downtime)
+        ),
+        None => "no end in sight yet".to_owned(),
     }
 }
 
@@ -368,7 +431,9 @@ impl Screen {
                 at,
                 sent_bytes,
                 remaining_bytes,
-                ..
+                disk_remaining_bytes,
+                dirty_bytes_per_sec,
+                promise,
             } => {
                 let (then, sent) = std::mem::replace(&mut self.last, (*at, *sent_bytes));
                 let elapsed = at.saturating_sub(then).as_secs_f64();
@@ -380,16 +445,18 @@ impl Screen {
                         now
                     };
                 }
-                let left = if self.rate > 0.0 {
-                    *remaining_bytes as f64 / self.rate
-                } else {
-                    0.0
+                let left = match disk_remaining_bytes {
+                    0 => bytes(*remaining_bytes),
+                    disk => {
+                        let memory = remaining_bytes.saturating_sub(*disk);
+                        format!("{} of memory and {} of disks", bytes(memory), bytes(*disk))
+                    }
                 };
                 self.draw(&format!(
-                    "round {round}: {} sent, {} remain, {}/s, {left:.1} s to the end of the round",
-                    bytes(*sent_bytes),
-                    bytes(*remaining_bytes),
-                    bytes(self.rate as u64)
+                    "round {round}: {left} to go at {}/s, {}/s written; {}",
+                    bytes(self.rate as u64),
+                    bytes(*dirty_bytes_per_sec),
+                    expected(*promise, *at)
                 ));
             }
             Event::RoundDone(round) => {

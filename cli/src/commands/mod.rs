@@ -2,7 +2,9 @@
 
 pub mod balloon;
 pub mod completions;
+
 pub mod console;
+mod dry_run;
 mod gone;
 pub mod info;
 pub mod keys;
@@ -12,6 +14,7 @@ pub mod logs;
 pub mod man;
 pub mod migrate;
 pub mod pause;
+mod probing;
 pub mod pulse;
 pub mod receive;
 pub mod report;

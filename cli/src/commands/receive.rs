@@ -189,6 +189,10 @@ fn serve_one(
     };
     let (received, arrived) = arrive::one(args.reception(globals)?, connections, &stop, &options)?;
     let Some(arrived) = arrived else {
+        if args.stdio && received.session.is_none() {
+            // Whoever started this only asked, and has heard the answer.
+            return Ok(ExitCode::SUCCESS);
+        }
         return Err(match received.reason {
             Some(reason) => anyhow!("no machine came: {reason}; the machine is at the other side"),
             None => anyhow!("no machine came; the machine is at the other side"),

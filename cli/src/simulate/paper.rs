@@ -5,6 +5,7 @@ use ferry_migration::estimate::lmdt;
 use ferry_migration::sim::paper::{MBIT, Reproduction, reproduce};
 
 use super::{SimulateArgs, html, paper_cost};
+use crate::plot::{END, Line, chart, escape, head};
 use crate::{output, say};
 
 pub(super) fn calm(args: &SimulateArgs) -> Result<()> {
@@ -110,7 +111,7 @@ fn figure5(all: &Reproduction) -> String {
 }
 
 fn page(all: &Reproduction) -> String {
-    let mut page = html::head("CALM: Table 2 and Figures 4 and 5");
+    let mut page = head("CALM: Table 2 and Figures 4 and 5");
     page += "<h2>Table 2</h2><table><tr><th>RAM<th>link<th>policy<th>cost, paper<th>here<th>total, paper<th>here<th>downtime, paper<th>here<th></tr>\n";
     for row in &all.table {
         let o = &row.simulated;
@@ -125,36 +126,22 @@ fn page(all: &Reproduction) -> String {
             o.total_s,
             row.paper_downtime_s,
             o.downtime_s,
-            html::escape(row.verdict)
+            escape(row.verdict)
         );
     }
     page += "</table>\n";
     let points = |pick: &dyn Fn(&ferry_migration::sim::paper::Sweep) -> Option<f64>| {
         let point = |s: &ferry_migration::sim::paper::Sweep| {
-            Some(ferry_migration::sim::pages::Point {
-                secs: s.mbit,
-                bandwidth_bytes_per_sec: 0.0,
-                dirty_bytes: 0,
-                cost: pick(s).filter(|c| c.is_finite() && *c < 1.0)?,
-            })
+            Some((s.mbit, pick(s).filter(|c| c.is_finite() && *c < 1.0)?))
         };
         all.figure4.iter().filter_map(point).collect::<Vec<_>>()
     };
-    let (calculated, uniform, reference) = (
-        points(&|s| Some(s.calculated_cost)),
-        points(&|s| s.uniform_cost),
-        points(&|s| s.reference_cost),
-    );
     let lines = [
-        ("calculated", calculated.as_slice()),
-        ("uniform trace", uniform.as_slice()),
-        ("reference trace", reference.as_slice()),
+        Line::new("calculated", points(&|s| Some(s.calculated_cost))),
+        Line::new("uniform trace", points(&|s| s.uniform_cost)),
+        Line::new("reference trace", points(&|s| s.reference_cost)),
     ];
-    page += &html::plot(
-        "Figure 4: cost over the fixed bandwidth (across, Mbit/s)",
-        &lines,
-        |p| p.cost,
-    );
+    page += &chart("Figure 4: cost over the fixed bandwidth", "Mbit/s", &lines);
     let names: Vec<String> = all
         .figure5
         .iter()
@@ -167,7 +154,7 @@ fn page(all: &Reproduction) -> String {
         .collect();
     page += "<h2>Figure 5</h2>\n";
     page += &html::plots(&lines);
-    page + "</body></html>\n"
+    page + END
 }
 
 pub(super) fn lmdt(args: &SimulateArgs) -> Result<()> {

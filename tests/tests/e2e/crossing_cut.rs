@@ -129,7 +129,7 @@ fn a_cut_at_any_message_leaves_exactly_one_machine_and_the_next_try_works() {
     for point in &points {
         pair.cross_cut_at(point, Act::CutBefore);
         // "After" one message is mostly "before" the next.
-        if all || ["Load", "Loaded", "Go", "Running", "Finish"].contains(&point.message.as_str()) {
+        if all || ["Load", "Loaded", "Go", "Awake", "Finish"].contains(&point.message.as_str()) {
             pair.cross_cut_at(point, Act::CutAfter);
         }
     }
@@ -169,7 +169,7 @@ fn a_broken_link_that_comes_back_carries_the_crossing_to_its_end() {
         assert!(ran.stderr.contains("connecting again"), "{ran:?}");
     }
     // In the switch, and at the hand over.
-    for name in ["Prepared", "Load", "Loaded", "Go", "Running"] {
+    for name in ["Prepared", "Load", "Loaded", "Go", "Awake"] {
         for act in [Act::CutBefore, Act::CutAfter] {
             if act == Act::CutAfter && name != "Go" {
                 continue;

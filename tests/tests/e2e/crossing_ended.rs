@@ -12,7 +12,7 @@ const WORK: &str = "work=allocator memory=4M rate=500";
 const ONCE: [&str; 4] = ["--reconnect", "0s", "--compress", "off"];
 
 /// One message in each phase: before copying, while copying, in the switch (twice), at the hand over, after it.
-const PHASES: [&str; 6] = ["Offer", "RoundEnd", "StatePart", "Loaded", "Go", "Running"];
+const PHASES: [&str; 6] = ["Offer", "RoundEnd", "StatePart", "Loaded", "Go", "Awake"];
 
 fn machine(host: &Host) -> Evidence {
     let guest = start(host, "m", WORK, &["--memory", "64M"]);
@@ -31,7 +31,7 @@ fn a_receiver_that_is_killed_at_any_phase_leaves_the_machine_here_or_a_doubt_tha
         let serial = there.file(&format!("killed-{phase}"));
         let mut receiver = Receiver::start(&there, &serial, &[]);
         // That it runs there must not be heard here, or nothing would be in doubt.
-        let act = if phase == "Running" {
+        let act = if phase == "Awake" {
             Act::CutBefore
         } else {
             Act::Hold
@@ -45,12 +45,12 @@ fn a_receiver_that_is_killed_at_any_phase_leaves_the_machine_here_or_a_doubt_tha
         assert_eq!(ran.code, 1, "{phase}: {ran:?}");
         assert!(!runs_at(&there, "m"), "{phase}");
         if ran.stderr.contains("ferry resolve") {
-            assert!(["Loaded", "Go", "Running"].contains(&phase), "{phase}: {ran:?}");
+            assert!(["Loaded", "Go", "Awake"].contains(&phase), "{phase}: {ran:?}");
             assert_eq!(state_at(&here, "m").as_deref(), Some("paused"));
             // A new process there answers from the ledger.
             let other = Receiver::start(&there, &there.file("other"), &[]);
             let settled = here.ferry(["resolve", "m", "--ask", &other.address]).success();
-            if phase == "Running" {
+            if phase == "Awake" {
                 // It ran there and died there: it must not run here as well.
                 assert!(settled.stdout.contains("m is at the other side"), "{settled:?}");
                 here.wait_until("it is gone here", || here.entry("m").is_none());
@@ -86,7 +86,7 @@ fn an_outgoing_process_that_is_killed_at_any_phase_leaves_no_second_machine() {
             "{phase}: {ran:?}"
         );
         relay.go_on();
-        if phase == "Go" || phase == "Running" {
+        if phase == "Go" || phase == "Awake" {
             // The go-ahead was out: it arrives, and the machine is there.
             there.wait_until("it runs there", || runs_at(&there, "m"));
             guest.then(serial);
@@ -144,7 +144,7 @@ fn a_crossing_is_cancelled_at_any_phase_up_to_the_hand_over() {
             0 => drop(here.ferry(["migrate", "--cancel", "m"]).success()),
             _ => signal(crossing.id(), Signal::INT),
         }
-        if phase == "Go" || phase == "Running" {
+        if phase == "Go" || phase == "Awake" {
             std::thread::sleep(Duration::from_millis(100));
             relay.go_on();
             // Too late: it is there, and says so.

@@ -17,6 +17,7 @@ pub const PULSE: &str = "/v1/pulse";
 pub const BALLOON: &str = "/v1/balloon";
 pub const EVENTS: &str = "/v1/events";
 pub const CROSSING: &str = "/v1/crossing";
+pub const REHEARSAL: &str = "/v1/rehearsal";
 pub const RESOLVE: &str = "/v1/resolve";
 
 /// A request has at most this much body.

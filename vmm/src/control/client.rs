@@ -19,6 +19,7 @@ use super::api::{
     self, BalloonInfo, BalloonTarget, Cancelled, DoubtInfo, ErrorBody, Event, MachineInfo, PulseReport,
     PulseRequest, Resolution, ResolveRequest, Want, WantState,
 };
+use crate::crossing::rehearse::Rehearsal;
 use crate::crossing::request::{CrossingLine, CrossingRequest};
 use crate::rundir::Entry;
 
@@ -118,6 +119,11 @@ impl Client {
             }
             ControlFlow::Continue(())
         })
+    }
+
+    /// What would become of that crossing. Takes some seconds; a link that stalls, as long as the request allows.
+    pub fn rehearse(&self, request: &CrossingRequest) -> Result<Rehearsal, ClientError> {
+        self.call(Method::POST, api::REHEARSAL, request, None)
     }
 
     pub fn cancel_crossing(&self) -> Result<Cancelled, ClientError> {

@@ -18,6 +18,7 @@ use super::api::{
 };
 use super::lines;
 use super::server::Control;
+use crate::crossing::rehearse::Rehearsal;
 use crate::crossing::request::CrossingRequest;
 use crate::crossing::settle::{Place, Settled};
 use crate::error::MachineError;
@@ -256,6 +257,37 @@ pub(super) async fn post_crossing(
         }
     });
     Ok(response)
+}
+
+/// What would become of a crossing. A client that goes away ends it.
+pub(super) async fn post_rehearsal(Shared(control): Shared<Arc<Control>>, body: Bytes) -> Answer<Rehearsal> {
+    let request: CrossingRequest = parse(&body)?;
+    let asked = CancelWhenDropped(control.clone(), true);
+    let rehearsal = blocking(move || {
+        Ok(control
+            .crossings
+            .rehearse(&control.machine, &control.name, &request)?)
+    })
+    .await;
+    asked.over();
+    rehearsal.map(Json)
+}
+
+/// The client of a rehearsal: when it goes away before the answer, so does the rehearsal.
+struct CancelWhenDropped(Arc<Control>, bool);
+
+impl CancelWhenDropped {
+    fn over(mut self) {
+        self.1 = false;
+    }
+}
+
+impl Drop for CancelWhenDropped {
+    fn drop(&mut self) {
+        if self.1 {
+            self.0.crossings.cancel();
+        }
+    }
 }
 
 pub(super) async fn delete_crossing(Shared(control): Shared<Arc<Control>>) -> Json<Cancelled> {

@@ -130,6 +130,7 @@ fn router(control: Arc<Control>) -> Router {
             api::RESOLVE,
             get(handlers::get_resolve).post(handlers::post_resolve),
         )
+        .route(api::REHEARSAL, post(handlers::post_rehearsal))
         .route(
             api::CROSSING,
             post(handlers::post_crossing).delete(handlers::delete_crossing),

@@ -7,12 +7,13 @@ use ferry_migration::clock::HostClock;
 use ferry_migration::failure::Whereabouts;
 use ferry_migration::handover::{MachineId, SessionId};
 use ferry_migration::link::Link;
-use ferry_migration::machine::Observer;
+use ferry_migration::machine::{Observer, OutgoingMachine as _};
 use ferry_migration::options::{Handle, Options};
 use ferry_migration::outgoing::{World, cross};
 use ferry_migration::report::{Event, Report};
 
 use super::outgoing::{Leaving, take_back};
+use super::rehearse::{self, Foreseen, Rehearsal};
 use super::request::{CrossingLine, CrossingRequest};
 use super::settle::{Doubt, InDoubt, Place, Settled};
 use super::{ledger, settle};
@@ -34,6 +35,8 @@ pub struct Crossings {
     current: Mutex<Option<Arc<Handle>>>,
     doubt: Arc<Doubt>,
     resolving: Mutex<()>,
+    /// What the last rehearsal found, for the promise of the crossing that follows it.
+    foreseen: Mutex<Option<Foreseen>>,
 }
 
 /// Takes the line that ends a crossing's thread, however it ends.
@@ -63,11 +66,56 @@ impl Crossings {
             current: Mutex::default(),
             doubt: Arc::default(),
             resolving: Mutex::default(),
+            foreseen: Mutex::default(),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Arc<Handle>>> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One thing at a time goes on with a machine.
+    fn claim(&self, name: &Name) -> Result<Arc<Handle>> {
+        let mut current = self.lock();
+        if current.is_some() {
+            return Err(MachineError::Host(format!(
+                "{name} is crossing already; wait for it, or cancel it with `ferry migrate --cancel {name}`"
+            )));
+        }
+        let handle = Arc::new(Handle::new());
+        *current = Some(handle.clone());
+        Ok(handle)
+    }
+
+    /// What would become of a crossing: the machine is watched and the receiver asked. The machine runs on, and nothing
+    /// is changed on either side.
+    pub fn rehearse(
+        &self,
+        machine: &Arc<Machine>,
+        name: &Name,
+        request: &CrossingRequest,
+    ) -> Result<Rehearsal> {
+        self.may_run()?;
+        let session = SessionId(random()?);
+        let link = settle::open_link(session, &place_of(request))?;
+        let handle = self.claim(name)?;
+        let _ended = Ended(self);
+        let ledger = ledger::open(&self.base)?;
+        let leaving = Leaving::new(
+            machine.clone(),
+            self.id,
+            name.clone(),
+            session,
+            request.shared_storage,
+            place_of(request),
+            self.doubt.clone(),
+        );
+        let (rehearsal, known) = rehearse::rehearse(leaving, request, session, link, &ledger, &handle)?;
+        if let Some(known) = known {
+            *self.foreseen.lock().unwrap_or_else(PoisonError::into_inner) =
+                Some(Foreseen::new(request, known));
+        }
+        Ok(rehearsal)
     }
 
     /// Ends the crossing that goes on, if it can still be ended; false when there is none.
@@ -142,16 +190,7 @@ impl Crossings {
         self.may_run()?;
         let session = SessionId(random()?);
         let link = settle::open_link(session, &place_of(&request))?;
-        let handle = Arc::new(Handle::new());
-        {
-            let mut current = self.lock();
-            if current.is_some() {
-                return Err(MachineError::Host(format!(
-                    "{name} is crossing already; wait for it, or cancel it with `ferry migrate --cancel {name}`"
-                )));
-            }
-            *current = Some(handle.clone());
-        }
+        let handle = self.claim(name)?;
         let (this, machine, name, steered) = (self.clone(), machine.clone(), name.clone(), handle.clone());
         let spawned = std::thread::Builder::new()
             .name("crossing".into())
@@ -212,6 +251,18 @@ impl Crossings {
         options.stall = request.stall;
         options.reconnect_for = request.reconnect_for;
         options.doubt_for = request.reconnect_for.max(LEAST_DOUBT);
+        if request.verify {
+            let sources = leaving
+                .sources()
+                .map_err(|error| MachineError::Host(error.to_string()))?;
+            options.verify_takes = rehearse::hashing(&sources);
+        }
+        options.promise = self
+            .foreseen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .and_then(|foreseen| foreseen.promise(request));
         let clock = HostClock::new();
         let world = World {
             machine: &mut leaving,

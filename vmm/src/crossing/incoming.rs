@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ferry_devices::disk::{Disk, DiskError, DiskOptions};
 use ferry_migration::block::{BlockKind, Sink};
@@ -45,6 +46,8 @@ pub struct Arriving {
     reception: Reception,
     built: Option<Built>,
     arrived: Option<Arrived>,
+    clock_behind: Option<Duration>,
+    ran_after: Option<Duration>,
 }
 
 struct Built {
@@ -82,6 +85,8 @@ impl Arriving {
             reception,
             built: None,
             arrived: None,
+            clock_behind: None,
+            ran_after: None,
         }
     }
 
@@ -259,7 +264,7 @@ impl IncomingMachine for Arriving {
                 disk.take_lock().map_err(no_disk)?;
             }
         }
-        built.machine.restore(records).map_err(failed)?;
+        self.clock_behind = built.machine.restore(records).map_err(failed)?;
         built.images.complete();
         Ok(())
     }
@@ -284,6 +289,7 @@ impl IncomingMachine for Arriving {
     }
 
     fn resume(&mut self, permit: RunPermit) -> Result<(), Reason> {
+        let begun = Instant::now();
         let Some(Built {
             dir,
             outside,
@@ -308,6 +314,7 @@ impl IncomingMachine for Arriving {
             serving.wait();
             return Err(failed(error));
         }
+        self.ran_after = running.then(|| begun.elapsed());
         machine.announce();
         images.keep();
         self.arrived = Some(Arrived {
@@ -322,6 +329,14 @@ impl IncomingMachine for Arriving {
         self.arrived
             .as_ref()
             .is_some_and(|arrived| arrived.serving.control().machine.state().is_final())
+    }
+
+    fn ran_after(&self) -> Option<Duration> {
+        self.ran_after
+    }
+
+    fn clock_behind(&self) -> Option<Duration> {
+        self.clock_behind
     }
 
     fn abort(&mut self) {

@@ -27,6 +27,23 @@ pub fn newest_report(base: &Base, name: &Name) -> Option<PathBuf> {
     path.exists().then_some(path)
 }
 
+/// Puts a report in the place of the kept one of the same crossing: something was added to it.
+pub fn amend_report(base: &Base, name: &Name, report: &Report) {
+    let Some(path) = newest_report(base, name) else {
+        return;
+    };
+    let amend = || -> std::io::Result<()> {
+        let kept: Report = serde_json::from_slice(&std::fs::read(&path)?)?;
+        if kept.session == report.session {
+            std::fs::write(&path, serde_json::to_vec_pretty(report)?)?;
+        }
+        Ok(())
+    };
+    if let Err(error) = amend() {
+        tracing::warn!("the report in {} could not be completed: {error}", path.display());
+    }
+}
+
 /// Keeps a report where `ferry report NAME` finds it, and the one before it. A report that cannot be kept is logged: the
 /// crossing happened all the same.
 pub(super) fn keep_report(base: &Base, name: &Name, report: &Report) {

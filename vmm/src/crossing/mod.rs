@@ -17,7 +17,9 @@ mod memory_sink;
 mod memory_source;
 mod notes;
 mod outgoing;
+mod pipe;
 mod region;
+pub mod rehearse;
 pub mod request;
 pub mod settle;
 

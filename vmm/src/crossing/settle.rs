@@ -1,7 +1,6 @@
 //! A crossing that was cut at the very hand over: what is in doubt, and how it is settled - by the other side's word where
 //! it proves something, by the user's where nothing does.
 
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -11,9 +10,10 @@ use ferry_migration::failure::{Reason, Side, Whereabouts};
 use ferry_migration::handover::{Ledger, Record, SessionId, Standing};
 use ferry_migration::link::Link;
 use ferry_migration::resolve::{Evidence, Resolved, resolve};
-use ferry_migration::transport::{Address, PipeLink, SocketLink, Tls};
+use ferry_migration::transport::{Address, SocketLink, Tls};
 use serde::{Deserialize, Serialize};
 
+use super::pipe::Pipe;
 use crate::config::ConfigError;
 use crate::error::{MachineError, Result};
 
@@ -60,13 +60,7 @@ pub struct Settled {
 pub(super) fn open_link(session: SessionId, place: &Place) -> Result<Box<dyn Link>> {
     let refuse = |text: String| MachineError::Config(ConfigError(text));
     if let Some(path) = place.destination.strip_prefix("pipe:") {
-        let cannot = |error| MachineError::Host(format!("the pipe at {path} could not be opened: {error}"));
-        let near = UnixStream::connect(path).map_err(cannot)?;
-        let far = near.try_clone().map_err(cannot)?;
-        let link = PipeLink::new(session, near, far, place.stall);
-        return Ok(Box::new(
-            link.map_err(|error| MachineError::Host(error.to_string()))?,
-        ));
+        return Ok(Box::new(Pipe::open(session, path, place.stall)?));
     }
     let address: Address = place.destination.parse().map_err(refuse)?;
     let tls = match &place.tls {

@@ -9,6 +9,8 @@
 //! write the value, and KVM makes those of one machine equal when they are written within a second.
 
 use ferry_devices::state::{Record, RecordKey};
+use std::time::Duration;
+
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -45,6 +47,18 @@ pub fn restore(vm: &VmFd, caps: &Capabilities, clock: &Clock) -> Result<kvm_cloc
     };
     vm.set_clock(&set).doing("set the guest's clock")?;
     vm.get_clock().doing("read the guest's clock")
+}
+
+/// How far the clock is behind the wall clock since it was saved; None where KVM does not say which wall time belongs to
+/// a reading.
+pub fn behind(then: &Clock, now: &kvm_clock_data) -> Option<Duration> {
+    let then = &then.kvm.0;
+    if then.flags & now.flags & KVM_CLOCK_REALTIME == 0 {
+        return None;
+    }
+    let wall = now.realtime.saturating_sub(then.realtime);
+    let guest = now.clock.saturating_sub(then.clock);
+    Some(Duration::from_nanos(wall.saturating_sub(guest)))
 }
 
 /// How to set one vCPU's TSC.
@@ -134,6 +148,31 @@ mod tests {
         value: 1_000,
         offset: Some(500u64.wrapping_neg()),
     };
+
+    #[test]
+    fn a_clock_that_stood_still_is_behind_by_what_passed() {
+        let reading = |clock, realtime, flags| kvm_clock_data {
+            clock,
+            realtime,
+            flags,
+            ..Default::default()
+        };
+        let then = Clock {
+            kvm: Blob(reading(1_000, 50_000, KVM_CLOCK_REALTIME)),
+        };
+        let ns = |count| Some(Duration::from_nanos(count));
+        assert_eq!(
+            behind(&then, &reading(1_000, 58_000, KVM_CLOCK_REALTIME)),
+            ns(8_000)
+        );
+        assert_eq!(
+            behind(&then, &reading(8_900, 58_000, KVM_CLOCK_REALTIME)),
+            ns(100)
+        );
+        // The wall clock there is behind ours: the guest's is not.
+        assert_eq!(behind(&then, &reading(1_000, 20_000, KVM_CLOCK_REALTIME)), ns(0));
+        assert_eq!(behind(&then, &reading(1_000, 0, 0)), None);
+    }
 
     #[test]
     fn the_tsc_goes_on_by_what_the_clock_went_on() {
