@@ -4,7 +4,8 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
@@ -16,6 +17,9 @@ use ferry_vmm::crossing::{Allowed, Reception, arrive};
 use ferry_vmm::lifecycle::State;
 use ferry_vmm::name::Name;
 use ferry_vmm::size::ByteSize;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 
 use super::run_detached;
 use crate::cli::Globals;
@@ -167,7 +171,7 @@ pub fn run(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode> {
     if args.once {
         eprintln!("waiting for a machine at {address}");
         let connections = arrive::connections(listener)?;
-        return serve_one(args, globals, connections, |name| {
+        return serve_one(args, globals, connections, &AtomicBool::new(false), |name| {
             eprintln!("{name} is here and runs")
         });
     }
@@ -180,14 +184,14 @@ fn serve_one(
     args: &ReceiveArgs,
     globals: &Globals,
     connections: arrive::Connections,
+    stop: &AtomicBool,
     taken: impl FnOnce(&Name),
 ) -> Result<ExitCode> {
-    let stop = AtomicBool::new(false);
     let options = ReceiveOptions {
         reconnect_for: args.reconnect,
         ..ReceiveOptions::default()
     };
-    let (received, arrived) = arrive::one(args.reception(globals)?, connections, &stop, &options)?;
+    let (received, arrived) = arrive::one(args.reception(globals)?, connections, stop, &options)?;
     let Some(arrived) = arrived else {
         if args.stdio && received.session.is_none() {
             // Whoever started this only asked, and has heard the answer.
@@ -215,7 +219,9 @@ fn one_by_stdio(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode> {
     let reader = owned(std::io::stdin().as_fd().try_clone_to_owned())?;
     let writer = owned(std::io::stdout().as_fd().try_clone_to_owned())?;
     let connections = arrive::pipe_connections(reader, writer, STALL)?;
-    serve_one(args, globals, connections, |_| run_detached::let_go())
+    serve_one(args, globals, connections, &AtomicBool::new(false), |_| {
+        run_detached::let_go()
+    })
 }
 
 /// One process after the other waits for a machine; all listen at the same socket, which is handed on.
@@ -282,8 +288,34 @@ fn one_for_the_parent(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode>
     let unix = matches!(args.address, Some(Address::Unix(_)));
     let listener = Listener::from_socket(socket, unix, args.tls()?, STALL);
     let connections = arrive::connections(listener)?;
-    serve_one(args, globals, connections, |name| {
+    let stop = Arc::new(AtomicBool::new(false));
+    end_with_the_parent(stop.clone())?;
+    let served = serve_one(args, globals, connections, &stop, |name| {
         let _ = writeln!(std::io::stdout(), "{name}").and_then(|()| std::io::stdout().flush());
         run_detached::let_go();
-    })
+    });
+    match served {
+        // Nobody waits for a machine any more, and nobody asks why none came.
+        Err(_) if stop.load(Ordering::Acquire) => Ok(ExitCode::FAILURE),
+        served => served,
+    }
+}
+
+/// The receiver that started this process holds the other end of its standard output. When it is gone, this one waits no
+/// longer; a machine that is just coming still may.
+fn end_with_the_parent(stop: Arc<AtomicBool>) -> Result<()> {
+    let word = std::io::stdout()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("could not use standard output")?;
+    std::thread::Builder::new()
+        .name("parent".into())
+        .spawn(move || {
+            // Without anything to wait for, this tells only that the other end was closed.
+            let mut pipe = [PollFd::new(&word, PollFlags::empty())];
+            while poll(&mut pipe, None) == Err(Errno::INTR) {}
+            stop.store(true, Ordering::Release);
+        })
+        .context("could not start a thread")?;
+    Ok(())
 }

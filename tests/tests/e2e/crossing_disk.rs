@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use ferry_tests::crossing::{Evidence, Receiver, begin, migrate, signal, start};
 use ferry_tests::host::{Host, PATIENCE, finish, skip_without_kvm};
@@ -338,14 +337,11 @@ fn a_receiver_of_several_machines_takes_one_after_the_other_with_keys_from_its_o
     for name in ["a", "b", "c"] {
         there.ferry(["kill", name]).success();
     }
-    // The process that waits for the next machine has a session of its own and does not end with this one.
-    let waiting = format!("/proc/{0}/task/{0}/children", child.id());
-    let waiting = std::fs::read_to_string(waiting).unwrap_or_default();
-    signal(child.id(), Signal::TERM);
-    std::thread::sleep(Duration::from_millis(50));
-    let _ = child.kill();
+    signal(child.id(), Signal::KILL);
     let _ = child.wait();
-    for pid in waiting.split_whitespace() {
-        signal(pid.parse().unwrap(), Signal::KILL);
-    }
+    // The process that waited for the next one ends, too.
+    let port = address.trim_start_matches("tcp://");
+    there.wait_until("nobody listens any more", || {
+        std::net::TcpListener::bind(port).is_ok()
+    });
 }
