@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 
 use super::*;
+use crate::failure::Cause;
 use crate::handover::SessionId;
 use crate::link::{Link, LinkErrorKind, Peer};
-use crate::wire::Greeting;
+use crate::wire::{Greeting, Message};
 
 const SESSION: SessionId = SessionId([7; 16]);
 const STALL: Duration = Duration::from_secs(2);
@@ -148,10 +149,18 @@ fn tls_lets_in_whom_the_receiver_names_and_no_other() {
         );
         std::thread::scope(|scope| {
             let refused = scope.spawn(|| listener.greet(listener.accept().unwrap()).err().expect("let in"));
-            // The client may believe itself connected until it hears otherwise, but it hears nothing of use.
+            // The client may believe itself connected until it hears otherwise. One that is known and not allowed hears
+            // just that, a stranger nothing.
             if let Ok(mut peer) = link.control() {
                 let _ = peer.send(b"let me in");
-                assert!(peer.receive(STALL).is_err());
+                let heard = peer.receive(STALL).ok().flatten();
+                let heard = heard.map(|message| Message::decode(&message).unwrap());
+                match heard {
+                    Some(Message::Refused { reason, .. }) if !names.is_empty() => {
+                        assert_eq!(reason.cause, Cause::NotAllowed);
+                    }
+                    heard => assert!(names.is_empty() && heard.is_none(), "{heard:?}"),
+                }
             }
             let error = refused.join().unwrap();
             if !names.is_empty() {

@@ -222,11 +222,8 @@ fn a_peer_that_is_no_receiver_of_ours_is_not_tried_again() {
 #[test]
 fn a_receiver_whose_pipe_ends_ends_with_it() {
     let there = Host::new();
-    let ran = there.ferry(["receive", "--stdio"]);
-    assert!(
-        ran.code == 1 && ran.stderr.contains("the other side closed the connection"),
-        "{ran:?}"
-    );
+    // Nobody said anything through it, so there is nothing to report either.
+    there.ferry(["receive", "--stdio"]).success();
     assert!(there.remains().is_empty());
 }
 
