@@ -1,6 +1,5 @@
 //! `ferry migrate`: moves a running machine to another host, and shows it.
 
-use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -10,7 +9,7 @@ use ferry_migration::cost::{Cost, parse_duration, parse_rate, parse_sla};
 use ferry_migration::failure::Whereabouts;
 use ferry_migration::pages::encode::Compression;
 use ferry_migration::policy::{DeadlineAction, Limits, Policy};
-use ferry_migration::report::{Event, Promise, Report};
+use ferry_migration::report::Report;
 use ferry_network::probe::ProbeTarget;
 use ferry_vmm::control::client::{Client, ClientError};
 use ferry_vmm::crossing::ledger;
@@ -20,6 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::dry_run;
 use super::probing::Probing;
+use super::progress::Screen;
 use crate::cli::Globals;
 use crate::failure::Usage;
 use crate::say;
@@ -339,18 +339,6 @@ fn promised(report: &Report) -> String {
     }
 }
 
-/// What is expected, for the line of progress.
-fn expected(promise: Option<Promise>, at: Duration) -> String {
-    match promise {
-        Some(promise) => format!(
-            "done in {} with {} of downtime",
-            seconds(promise.total.saturating_sub(at)),
-            milliseconds(promise.downtime)
-        ),
-        None => "no end in sight yet".to_owned(),
-    }
-}
-
 fn what(report: &Report) -> String {
     let rounds = report.rounds.len();
     format!("{rounds} round{}", if rounds == 1 { "" } else { "s" })
@@ -371,123 +359,4 @@ pub(super) fn seconds(time: Duration) -> String {
 
 pub(super) fn milliseconds(time: Duration) -> String {
     format!("{:.1} ms", time.as_secs_f64() * 1e3)
-}
-
-/// Progress: one line that changes on a terminal, lines otherwise, or JSON.
-struct Screen {
-    json: bool,
-    terminal: bool,
-    drawn: bool,
-    last: (Duration, u64),
-    rate: f64,
-    /// Why the link broke, as it was said last.
-    broken: Option<String>,
-}
-
-impl Screen {
-    fn new(json: bool) -> Screen {
-        let terminal = std::io::stderr().is_terminal() && !json;
-        Screen {
-            json,
-            terminal,
-            drawn: false,
-            last: (Duration::ZERO, 0),
-            rate: 0.0,
-            broken: None,
-        }
-    }
-
-    fn clear(&mut self) {
-        if std::mem::take(&mut self.drawn) {
-            eprint!("\r\x1b[K");
-        }
-    }
-
-    fn draw(&mut self, text: &str) {
-        if self.terminal {
-            eprint!("\r\x1b[K{text}");
-            let _ = std::io::stderr().flush();
-            self.drawn = true;
-        }
-    }
-
-    fn print(&mut self, text: &str) {
-        self.clear();
-        eprintln!("{text}");
-    }
-
-    fn show(&mut self, line: &CrossingLine) {
-        if self.json {
-            if let Ok(text) = serde_json::to_string(line) {
-                // A reader that has gone away does not stop the crossing.
-                let _ = writeln!(std::io::stdout(), "{text}");
-            }
-            return;
-        }
-        let CrossingLine::Event(event) = line else { return };
-        match event {
-            Event::Progress {
-                round,
-                at,
-                sent_bytes,
-                remaining_bytes,
-                disk_remaining_bytes,
-                dirty_bytes_per_sec,
-                promise,
-            } => {
-                let (then, sent) = std::mem::replace(&mut self.last, (*at, *sent_bytes));
-                let elapsed = at.saturating_sub(then).as_secs_f64();
-                if elapsed > 0.0 {
-                    let now = sent_bytes.saturating_sub(sent) as f64 / elapsed;
-                    self.rate = if self.rate > 0.0 {
-                        0.7 * self.rate + 0.3 * now
-                    } else {
-                        now
-                    };
-                }
-                let left = match disk_remaining_bytes {
-                    0 => bytes(*remaining_bytes),
-                    disk => {
-                        let memory = remaining_bytes.saturating_sub(*disk);
-                        format!("{} of memory and {} of disks", bytes(memory), bytes(*disk))
-                    }
-                };
-                self.draw(&format!(
-                    "round {round}: {left} to go at {}/s, {}/s written; {}",
-                    bytes(self.rate as u64),
-                    bytes(*dirty_bytes_per_sec),
-                    expected(*promise, *at)
-                ));
-            }
-            Event::RoundDone(round) => {
-                let text = format!(
-                    "round {}: {} in {}, {}/s; {} pages and {} clusters changed meanwhile; {}",
-                    round.round,
-                    bytes(round.wire_bytes),
-                    seconds(round.took),
-                    bytes(round.rate_bytes_per_sec),
-                    round.dirty_pages,
-                    round.dirty_clusters,
-                    round.reason
-                );
-                self.print(&text);
-            }
-            // Many tries may fail for the same reason.
-            Event::Reconnecting { why, .. } if self.broken.as_ref() == Some(why) => {}
-            Event::Reconnecting { why, attempt, .. } => {
-                self.print(&format!(
-                    "the link broke ({why}); connecting again (attempt {attempt})"
-                ));
-                self.broken = Some(why.clone());
-            }
-            Event::Reconnected { .. } => {
-                self.broken = None;
-                self.print("the link is back; the crossing goes on");
-            }
-            Event::Throttle { percent, .. } => {
-                self.print(&format!("the machine's CPUs are slowed by {percent} %"))
-            }
-            _ => {}
-        }
-    }
 }

@@ -15,6 +15,7 @@ pub mod man;
 pub mod migrate;
 pub mod pause;
 mod probing;
+mod progress;
 pub mod pulse;
 pub mod receive;
 pub mod report;
