@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::block::{BlockId, BlockInfo, CLUSTER_BYTES, DataError, Name, Sink, Span, name_of_block};
 use crate::codec::Malformed;
-use crate::pages::delta;
+use crate::pages::{delta, repeat};
 use crate::wire::{Encoding, Entry, FrameHeader, MAX_ENTRIES, MAX_PAYLOAD_BYTES, WINDOW_BYTES};
 
 /// Why a frame could not be placed.
@@ -285,6 +285,7 @@ impl Block {
             Encoding::Zero => self.sink.place_zeroes(span)?,
             Encoding::Raw => self.sink.place(span, body)?,
             Encoding::Same => {
+                let word = *body.first_chunk::<8>().ok_or(Malformed::Short("pattern"))?;
                 for number in span.first..span.end() {
                     let one = Span {
                         block: span.block,
@@ -292,7 +293,7 @@ impl Block {
                         count: 1,
                     };
                     let room = unit.get_mut(..self.info.span_bytes(one)).unwrap_or_default();
-                    repeat(body, room);
+                    repeat(word, room);
                     self.sink.place(one, room)?;
                 }
             }
@@ -309,8 +310,8 @@ impl Block {
             }
             Encoding::MostlySame => {
                 let room = unit.get_mut(..self.info.span_bytes(span)).unwrap_or_default();
-                let (word, difference) = body.split_at_checked(8).ok_or(Malformed::Short("pattern"))?;
-                repeat(word, room);
+                let (word, difference) = body.split_first_chunk::<8>().ok_or(Malformed::Short("pattern"))?;
+                repeat(*word, room);
                 if !delta::apply(room, difference) {
                     return Err(FrameError::Protocol("a difference leads out of its page".into()));
                 }
@@ -334,14 +335,5 @@ impl Block {
             }
         }
         Ok(())
-    }
-}
-
-fn repeat(word: &[u8], room: &mut [u8]) {
-    if let Ok(word) = <[u8; 8]>::try_from(word) {
-        room.as_chunks_mut::<8>()
-            .0
-            .iter_mut()
-            .for_each(|place| *place = word);
     }
 }

@@ -7,8 +7,8 @@ use crate::block::{BlockInfo, BlockKind, CLUSTER_BYTES, DataError, PAGE_BYTES, S
 use crate::clock::Clock;
 use crate::pages::cache::DeltaCache;
 use crate::pages::costs::{Costs, Look};
-use crate::pages::delta;
 use crate::pages::sent::SentHashes;
+use crate::pages::{delta, repeat};
 use crate::wire::{
     Encoding, Entry, FrameHeader, MAX_ENTRIES, MAX_FRAME_BYTES, VERSION, VERSION_WITH_MOSTLY_SAME,
     WINDOW_BYTES,
@@ -504,11 +504,7 @@ fn mostly_same(content: &[u8], pattern: &mut [u8], out: &mut [u8]) -> Option<usi
     }
     let word = delta::common_word(content)?;
     if pattern.first_chunk::<8>() != Some(&word) {
-        pattern
-            .as_chunks_mut::<8>()
-            .0
-            .iter_mut()
-            .for_each(|place| *place = word);
+        repeat(word, pattern);
     }
     let (head, room) = out.split_first_chunk_mut::<8>()?;
     *head = word;

@@ -10,3 +10,8 @@ pub mod decode;
 pub mod delta;
 pub mod encode;
 pub mod sent;
+
+/// Fills `room` with the same eight bytes, over and over.
+fn repeat(word: [u8; 8], room: &mut [u8]) {
+    room.as_chunks_mut::<8>().0.fill(word);
+}
