@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use ferry_devices::disk::{Disk, DiskFormat};
 use ferry_devices::ram::take_dirty;
-use ferry_network::namespace::Namespace;
-use ferry_vmm::config::{MachineConfig, NetConfig, SerialTarget};
+use ferry_vmm::config::{MachineConfig, SerialTarget};
 use ferry_vmm::crossing::DirtyLog;
 use ferry_vmm::lifecycle::StopReason;
 use ferry_vmm::machine::Wiring;
@@ -16,6 +15,7 @@ use ferry_vmm::size::ByteSize;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::harness::{Guest, config, number, skip};
+use crate::net::{fetch, on_a_network};
 
 const PAGE: usize = 4096;
 const MEMORY: u64 = 64 << 20;
@@ -219,42 +219,24 @@ fn of_a_network_device() {
     if skip() {
         return;
     }
-    let Ok(namespace) = Namespace::create() else {
-        assert!(
-            std::env::var_os("FERRY_TESTS_MUST_RUN").is_none(),
-            "this test must run"
-        );
-        eprintln!("skipped: network namespaces need root");
-        return;
-    };
-    namespace
-        .run(|| {
-            let mut config = small(2, "work=web+calc ip=10.9.0.2/24 body=200K heartbeat=50ms");
-            config.nets.push("tap=guest0".parse::<NetConfig>().unwrap());
-            let mut guest = Guest::start(&config);
-            let address = std::process::Command::new("ip")
-                .args(["addr", "add", "10.9.0.1/24", "dev", "guest0"])
-                .status();
-            assert!(address.unwrap().success());
-            let over = AtomicBool::new(false);
-            std::thread::scope(|scope| {
-                let _over = Over(&over);
-                // Two who fetch pages, again and again, until the guest has gone.
-                for _ in 0..2 {
-                    scope.spawn(|| {
-                        while !over.load(Ordering::Relaxed) {
-                            if crate::net::fetch().is_err() {
-                                std::thread::sleep(Duration::from_millis(10));
-                            }
+    let config = small(2, "work=web+calc ip=10.9.0.2/24 body=200K heartbeat=50ms");
+    on_a_network(config, |guest| {
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let _over = Over(&over);
+            // Two who fetch pages, again and again, until the guest has gone.
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        if fetch().is_err() {
+                            std::thread::sleep(Duration::from_millis(10));
                         }
-                    });
-                }
-                all_is_noted("network", &mut guest, "requests", |_, _| {
-                    std::thread::sleep(ROUND)
+                    }
                 });
-            });
-        })
-        .unwrap();
+            }
+            all_is_noted("network", guest, "requests", |_, _| std::thread::sleep(ROUND));
+        });
+    });
 }
 
 #[test]

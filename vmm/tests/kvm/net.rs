@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use ferry_network::namespace::Namespace;
-use ferry_vmm::config::NetConfig;
+use ferry_vmm::config::{MachineConfig, NetConfig};
 use ferry_vmm::lifecycle::StopReason;
 
 use crate::harness::{Guest, PATIENCE, config, skip};
@@ -19,11 +19,8 @@ pub(crate) fn fetch() -> std::io::Result<usize> {
     Ok(answer.len())
 }
 
-#[test]
-fn a_page_is_served_through_a_tap_before_and_after_a_pause() {
-    if skip() {
-        return;
-    }
+/// Runs `work` with a guest of this configuration whose TAP has the address 10.9.0.1, in a network namespace of its own.
+pub(crate) fn on_a_network(mut config: MachineConfig, work: impl FnOnce(&mut Guest) + Send) {
     let Ok(namespace) = Namespace::create() else {
         assert!(
             std::env::var_os("FERRY_TESTS_MUST_RUN").is_none(),
@@ -34,31 +31,41 @@ fn a_page_is_served_through_a_tap_before_and_after_a_pause() {
     };
     namespace
         .run(|| {
-            let mut config = config(1, "work=web ip=10.9.0.2/24 body=100K heartbeat=50ms");
             config.nets.push("tap=guest0".parse::<NetConfig>().unwrap());
             let mut guest = Guest::start(&config);
             let address = std::process::Command::new("ip")
                 .args(["addr", "add", "10.9.0.1/24", "dev", "guest0"])
                 .status();
             assert!(address.unwrap().success());
-            guest.beat();
-            let began = Instant::now();
-            let bytes = loop {
-                match fetch() {
-                    Ok(bytes) => break bytes,
-                    Err(error) if began.elapsed() > PATIENCE => panic!("no page came: {error}"),
-                    Err(_) => std::thread::sleep(Duration::from_millis(50)),
-                }
-            };
-            assert!(bytes > 100 << 10, "{bytes} bytes came");
-            for _ in 0..5 {
-                guest.machine.pause().unwrap();
-                guest.machine.resume().unwrap();
-                assert_eq!(fetch().unwrap(), bytes);
-            }
-            let stats = guest.machine.nets().remove(0).stats();
-            eprintln!("{stats:?}");
-            guest.machine.stop(StopReason::Requested).unwrap();
+            work(&mut guest);
         })
         .unwrap();
+}
+
+#[test]
+fn a_page_is_served_through_a_tap_before_and_after_a_pause() {
+    if skip() {
+        return;
+    }
+    let config = config(1, "work=web ip=10.9.0.2/24 body=100K heartbeat=50ms");
+    on_a_network(config, |guest| {
+        guest.beat();
+        let began = Instant::now();
+        let bytes = loop {
+            match fetch() {
+                Ok(bytes) => break bytes,
+                Err(error) if began.elapsed() > PATIENCE => panic!("no page came: {error}"),
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        };
+        assert!(bytes > 100 << 10, "{bytes} bytes came");
+        for _ in 0..5 {
+            guest.machine.pause().unwrap();
+            guest.machine.resume().unwrap();
+            assert_eq!(fetch().unwrap(), bytes);
+        }
+        let stats = guest.machine.nets().remove(0).stats();
+        eprintln!("{stats:?}");
+        guest.machine.stop(StopReason::Requested).unwrap();
+    });
 }
