@@ -37,6 +37,7 @@ impl Body {
                 .fd
                 .create_vcpu(u64::from(index))
                 .doing(format!("create CPU {index}"))?;
+            vm.add_vcpu(&fd)?;
             fd.set_cpuid2(&cpuid::for_vcpu(cpuid, index)?)
                 .doing(format!("set the CPUID of CPU {index}"))?;
             vcpus.push(Vcpu::spawn(index, fd, vm.clone(), surroundings.clone())?);

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use ferry_devices::disk::EngineKind;
 use serde::{Deserialize, Serialize};
 
+use crate::kvm::ring::{LEAST_ENTRIES, MOST_ENTRIES};
 use crate::size::ByteSize;
 
 /// Local APIC ids are 8 bits wide in our MADT and 255 means "all".
@@ -39,6 +40,10 @@ pub struct MachineConfig {
     pub hugepages: bool,
     /// Touch all of the memory before the guest starts.
     pub prepopulate: bool,
+    /// Track writes by dirty rings of so many entries, one for each vCPU, instead of the dirty log. Of this host alone:
+    /// it does not travel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dirty_ring: Option<u32>,
     /// ELF with a PVH note, or bzImage. None: the built-in guest.
     pub kernel: Option<PathBuf>,
     pub initrd: Option<PathBuf>,
@@ -61,6 +66,7 @@ impl Default for MachineConfig {
             memory_backing: MemoryBacking::default(),
             hugepages: false,
             prepopulate: false,
+            dirty_ring: None,
             kernel: None,
             initrd: None,
             cmdline: String::new(),
@@ -210,6 +216,7 @@ impl MachineConfig {
                 ByteSize(granule)
             ));
         }
+        self.dirty_ring.map_or(Ok(()), check_dirty_ring)?;
         if memory > 1 << 46 {
             return refuse(format!(
                 "{} of memory is more than a machine can address",
@@ -243,6 +250,16 @@ impl MachineConfig {
         self.disks.iter().try_for_each(DiskConfig::validate)?;
         self.nets.iter().try_for_each(NetConfig::validate)
     }
+}
+
+/// The sizes that a dirty ring can have on any host.
+pub fn check_dirty_ring(entries: u32) -> Result<(), ConfigError> {
+    if entries.is_power_of_two() && (LEAST_ENTRIES..=MOST_ENTRIES).contains(&entries) {
+        return Ok(());
+    }
+    refuse(format!(
+        "a dirty ring has a power of two of entries, from {LEAST_ENTRIES} to {MOST_ENTRIES}; {entries} were asked for with --dirty-ring"
+    ))
 }
 
 impl DiskConfig {
@@ -508,6 +525,7 @@ mod tests {
             nets: vec!["bridge=br0,mac=52:54:00:00:00:01,queues=2".parse().unwrap()],
             serial: "socket=/run/x.sock".parse().unwrap(),
             cpu_template: "x86-64-v3".parse().unwrap(),
+            dirty_ring: Some(4096),
             ..MachineConfig::default()
         };
         config.validate().unwrap();
@@ -525,6 +543,9 @@ mod tests {
         assert!(refused(|c| c.cpus = 10_000).contains("10000 were asked for"));
         assert!(refused(|c| c.memory = ByteSize(0)).contains("too little"));
         assert!(refused(|c| c.memory = ByteSize((64 << 20) + 1)).contains("multiple"));
+        for entries in [0, 128, 5000, 131_072] {
+            assert!(refused(|c| c.dirty_ring = Some(entries)).contains("power of two"));
+        }
         assert!(refused(|c| c.memory = ByteSize(!4095)).contains("more than a machine can address"));
         assert!(refused(|c| c.cmdline = "x".repeat(2048)).contains("2048 bytes"));
         assert!(refused(|c| c.initrd = Some("i".into())).contains("needs a kernel"));

@@ -25,7 +25,8 @@ use crate::cpu::template;
 use crate::crossing::DirtyLog;
 use crate::devices::Around;
 use crate::error::{Doing, MachineError, Result};
-use crate::kvm::dirty::RegionLog;
+use crate::kvm::dirty::{RegionLog, RegionRing};
+use crate::kvm::ring::{self, RingUse, Rings};
 use crate::kvm::vm::Vm;
 use crate::kvm::{self, Capabilities};
 use crate::lifecycle::{Event, Lifecycle, State, StopReason, next};
@@ -129,6 +130,9 @@ impl Machine {
                 config.cpus, caps.max_vcpus
             )));
         }
+        if let Some(entries) = config.dirty_ring {
+            ring::check(&caps, entries)?;
+        }
         let description = match wanted {
             Some(wanted) => check(wanted, config, &kvm)?,
             None => describe(config, &kvm, &caps)?,
@@ -164,7 +168,7 @@ impl Machine {
 
     /// A new VM around the memory that is there.
     fn build(&self) -> Result<Body> {
-        let vm = Vm::create(&self.kvm, &self.caps, &self.ram)?;
+        let vm = Vm::create(&self.kvm, &self.caps, &self.ram, self.config.dirty_ring)?;
         let around = Around {
             vm: &vm,
             config: &self.config,
@@ -364,19 +368,26 @@ impl Machine {
         self.throttle.set(percent);
     }
 
-    /// KVM's dirty log of each region of memory, in the order of their addresses.
+    /// What KVM notes of writes to each region of memory, in the order of their addresses.
     pub fn dirty_logs(&self) -> Result<Vec<Box<dyn DirtyLog>>> {
         let body = self.body();
         let vm = &body.as_ref().ok_or_else(gone)?.vm;
         let manual = self.caps.manual_dirty_protect != 0;
-        let log = |region| {
-            Box::new(RegionLog {
-                vm: vm.clone(),
-                region,
-                manual,
-            }) as Box<dyn DirtyLog>
+        let log = |region| -> Box<dyn DirtyLog> {
+            let vm = vm.clone();
+            match vm.rings {
+                Some(_) => Box::new(RegionRing { vm, region }),
+                None => Box::new(RegionLog { vm, region, manual }),
+            }
         };
         Ok(regions(&self.ram).into_iter().map(log).collect())
+    }
+
+    /// What each vCPU's dirty ring noted since the machine was built here; empty without rings.
+    pub fn dirty_rings(&self) -> Vec<RingUse> {
+        let body = self.body();
+        let rings = body.as_ref().and_then(|body| body.vm.rings.as_ref());
+        rings.map(Rings::used).unwrap_or_default()
     }
 
     pub fn state(&self) -> State {

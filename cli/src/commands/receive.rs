@@ -12,8 +12,9 @@ use anyhow::{Context as _, Result, anyhow};
 use ferry_migration::cost::parse_duration;
 use ferry_migration::receiver::ReceiveOptions;
 use ferry_migration::transport::{Address, Listener, Tls};
-use ferry_vmm::config::{DiskFormat, SerialTarget};
+use ferry_vmm::config::{self, DiskFormat, SerialTarget};
 use ferry_vmm::crossing::{Allowed, Reception, arrive};
+use ferry_vmm::kvm;
 use ferry_vmm::lifecycle::State;
 use ferry_vmm::name::Name;
 use ferry_vmm::size::ByteSize;
@@ -62,6 +63,9 @@ pub struct ReceiveArgs {
     /// Where the machine's serial port goes: stdio (with --once), file=PATH, socket=PATH or null
     #[arg(long, value_name = "WHERE", default_value = "null")]
     pub serial: SerialTarget,
+    /// As for `ferry run`, for the machines that come
+    #[arg(long, value_name = "ENTRIES", num_args = 0..=1, require_equals = true, default_missing_value = "65536")]
+    pub dirty_ring: Option<u32>,
     /// Connect network devices to this bridge, instead of the one they name
     #[arg(long, value_name = "NAME")]
     pub bridge: Option<String>,
@@ -114,6 +118,7 @@ impl ReceiveArgs {
             format: self.format,
             base_image: self.base.as_ref().map(absolute).transpose()?,
             serial: self.serial.clone(),
+            dirty_ring: self.dirty_ring,
             bridge: self.bridge.clone(),
             name: self.name.clone(),
             allowed: Allowed {
@@ -157,6 +162,10 @@ impl ReceiveArgs {
 
 pub fn run(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode> {
     logging::init(globals, None, true)?;
+    if let Some(entries) = args.dirty_ring {
+        config::check_dirty_ring(entries)?;
+        kvm::ring::check(&kvm::Capabilities::probe(&kvm::open()?)?, entries)?;
+    }
     if args.serial == SerialTarget::Stdio && !args.once {
         return Err(Usage("--serial stdio is for one machine: add --once".into()).into());
     }

@@ -59,6 +59,13 @@ pub struct RunArgs {
     /// Touch all guest memory before the start
     #[arg(long)]
     pub prepopulate: bool,
+    /// When the machine crosses, track the guest's writes by dirty rings, one for each CPU, instead of the dirty log
+    ///
+    /// Each CPU then notes the pages it writes in a ring of so many entries (a power of two, 65536 without a number), and
+    /// waits while a full one is emptied. Which CPU writes how much is known exactly. Each side of a crossing tracks in
+    /// its own way: `ferry receive` has the same option.
+    #[arg(long, value_name = "ENTRIES", num_args = 0..=1, require_equals = true, default_missing_value = "65536")]
+    pub dirty_ring: Option<u32>,
     /// Which CPU features the guest may see: host, x86-64-v2, x86-64-v3 or a JSON file [default: host]
     #[arg(long, value_name = "T")]
     pub cpu_template: Option<CpuTemplate>,
@@ -157,6 +164,7 @@ fn configuration(args: &RunArgs) -> Result<MachineConfig> {
         memory_backing,
         hugepages,
         prepopulate,
+        dirty_ring,
         cpu_template,
         serial,
         console,
@@ -197,6 +205,7 @@ fn configuration(args: &RunArgs) -> Result<MachineConfig> {
     over(&mut config.serial, serial);
     config.hugepages |= hugepages;
     config.prepopulate |= prepopulate;
+    config.dirty_ring = dirty_ring.or(config.dirty_ring);
     config.rng |= rng;
     config.balloon |= balloon;
     config.disks.extend(disk.iter().cloned());
@@ -224,6 +233,7 @@ fn make_absolute(config: &mut MachineConfig) -> Result<(), ConfigError> {
         memory_backing: _,
         hugepages: _,
         prepopulate: _,
+        dirty_ring: _,
         kernel,
         initrd,
         cmdline: _,
@@ -290,6 +300,14 @@ mod tests {
         assert_eq!(config.disks.len(), 2);
         assert!(config.rng && !config.balloon);
         assert_eq!(config.serial, SerialTarget::Stdio);
+    }
+
+    #[test]
+    fn a_dirty_ring_has_a_size_of_its_own_if_none_is_given() {
+        assert_eq!(configured(&[]).unwrap().dirty_ring, None);
+        assert_eq!(configured(&["--dirty-ring"]).unwrap().dirty_ring, Some(65_536));
+        assert_eq!(configured(&["--dirty-ring=1024"]).unwrap().dirty_ring, Some(1024));
+        assert!(configured(&["--dirty-ring=many"]).is_err());
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod crossing_disk;
 mod crossing_ended;
 mod crossing_guest;
 mod crossing_refused;
+mod crossing_ring;
 mod crossing_soak;
 mod detach;
 mod ends;

@@ -34,6 +34,8 @@ pub struct Reception {
     /// An image that the other side's disks may have been made from.
     pub base_image: Option<PathBuf>,
     pub serial: SerialTarget,
+    /// Track writes of the machine's guest by dirty rings of so many entries, when it crosses on from here.
+    pub dirty_ring: Option<u32>,
     /// Connects network devices to this bridge instead of the one that the machine names.
     pub bridge: Option<String>,
     /// Another name for the machine here.
@@ -100,6 +102,7 @@ impl Arriving {
         let mut config = description.config.clone();
         (config.kernel, config.initrd) = (None, None);
         config.serial = self.reception.serial.clone();
+        config.dirty_ring = self.reception.dirty_ring;
         if config.console.is_some() {
             config.console = Some(SerialTarget::Null);
         }

@@ -16,6 +16,7 @@ use ferry_migration::policy::ServiceUse;
 use super::card::Description;
 use super::settle::{Doubt, InDoubt, Place};
 use super::{DiskSource, FreeMemory, MemorySource, Region, Unused};
+use crate::config::MachineConfig;
 use crate::error::MachineError;
 use crate::lifecycle::{State, StopReason};
 use crate::machine::Machine;
@@ -134,8 +135,13 @@ impl OutgoingMachine for Leaving {
             let sentence = format!("the machine cannot cross: it is {}", self.machine.state());
             return Err(Reason::new(Cause::Machine, sentence));
         }
+        // Each side tracks writes in its own way, and an older one does not know of rings.
+        let config = MachineConfig {
+            dirty_ring: None,
+            ..self.machine.config().clone()
+        };
         let description = Description {
-            config: self.machine.config().clone(),
+            config,
             guest: self.machine.description().clone(),
             shared_storage: self.shared_storage,
         };

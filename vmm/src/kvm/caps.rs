@@ -8,7 +8,9 @@ use crate::error::{MachineError, Result};
 
 /// KVM_CAP numbers that kvm-ioctls has no name for.
 const CAP_MANUAL_DIRTY_LOG_PROTECT2: u64 = 168;
-const CAP_DIRTY_LOG_RING_ACQ_REL: u64 = 223;
+/// The dirty ring, and its name from before the order of accesses was written down; on x86 both are the same.
+pub(super) const CAP_DIRTY_LOG_RING_ACQ_REL: u64 = 223;
+pub(super) const CAP_DIRTY_LOG_RING: u64 = 192;
 const CAP_PRE_FAULT_MEMORY: u64 = 236;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,12 +67,14 @@ impl Capabilities {
             )));
         }
         let number = |raw: i32| u32::try_from(raw).unwrap_or(0);
+        let ring = number(kvm.check_extension_raw(CAP_DIRTY_LOG_RING_ACQ_REL));
+        let old_ring = number(kvm.check_extension_raw(CAP_DIRTY_LOG_RING));
         let clock = number(kvm.check_extension_int(Cap::AdjustClock));
         Ok(Capabilities {
             max_vcpus: u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX),
             memory_slots: u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX),
             manual_dirty_protect: number(kvm.check_extension_raw(CAP_MANUAL_DIRTY_LOG_PROTECT2)),
-            dirty_ring_bytes: number(kvm.check_extension_raw(CAP_DIRTY_LOG_RING_ACQ_REL)),
+            dirty_ring_bytes: ring.max(old_ring),
             pit2: kvm.check_extension(Cap::Pit2) && kvm.check_extension(Cap::PitState2),
             xsave2_bytes: number(kvm.check_extension_int(Cap::Xsave2)),
             nested_state_bytes: number(kvm.check_extension_int(Cap::NestedState)),

@@ -1,11 +1,15 @@
-//! KVM's dirty log of one region of memory, as the crossing asks for it.
+//! What KVM notes of writes to one region of memory, as the crossing asks for it: by the dirty log or by dirty rings.
 //!
-//! With manual protection, reading the log does not clear it: a page stays writable, and its bit set, until `clear` is
+//! The log. With manual protection, reading the log does not clear it: a page stays writable, and its bit set, until `clear` is
 //! called for it. A page that is written between `survey` and `clear` is written *without* a further trace. Therefore the
 //! crossing clears first and reads the page after; the other order loses the write. Clearing late, just before the page
 //! is read, is what makes the mode worth its trouble: a page that changes often is sent once, not twice.
 //!
 //! Without manual protection `survey` clears as it reads, all pages at once, and `clear` has nothing to do.
+//!
+//! The rings are like that too: what a survey gives out is protected already (`ring.rs` says how), and comes up again only
+//! if it is written again. They begin empty, the log with manual protection begins full; the crossing minds neither, since
+//! its first pass is everything that has content.
 
 use std::sync::Arc;
 
@@ -66,5 +70,58 @@ impl DirtyLog for RegionLog {
         }
         raw::clear_dirty_log(&self.vm.fd, self.region.slot, first_page, pages, words)
             .map_err(|e| self.failed("cleared", e))
+    }
+}
+
+pub struct RegionRing {
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) region: Region,
+}
+
+impl RegionRing {
+    fn failed(&self, verb: &str, error: impl std::fmt::Display) -> String {
+        format!(
+            "the tracking of writes to memory at {:#x} by dirty rings could not be {verb}: {error}",
+            self.region.guest
+        )
+    }
+
+    fn take(&self, words: &mut [u64]) -> Result<(), String> {
+        let Some(rings) = &self.vm.rings else {
+            return Ok(());
+        };
+        rings
+            .take(&self.vm.fd, self.region.slot, words)
+            .map_err(|e| self.failed("read", e))
+    }
+
+    /// What is left from an earlier time says nothing.
+    fn forget(&self) -> Result<(), String> {
+        self.take(&mut vec![0; self.region.pages().div_ceil(64) as usize])
+    }
+}
+
+impl DirtyLog for RegionRing {
+    fn start(&self) -> Result<(), String> {
+        self.forget()?;
+        self.vm
+            .log_dirty_pages(self.region.slot, true)
+            .map_err(|e| self.failed("switched on", e))
+    }
+
+    fn stop(&self) {
+        let off = self.vm.log_dirty_pages(self.region.slot, false);
+        let off = off.map_err(|e| self.failed("switched off", e));
+        if let Err(sentence) = off.and_then(|()| self.forget()) {
+            tracing::warn!("{sentence}");
+        }
+    }
+
+    fn survey(&self, words: &mut [u64]) -> Result<(), String> {
+        self.take(words)
+    }
+
+    fn clear(&self, _: usize, _: &[u64]) -> Result<(), String> {
+        Ok(())
     }
 }

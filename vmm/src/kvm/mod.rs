@@ -3,6 +3,7 @@
 pub mod caps;
 pub mod dirty;
 pub mod raw;
+pub mod ring;
 pub mod vm;
 
 pub use caps::Capabilities;

@@ -4,33 +4,44 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use ferry_devices::ram::Ram;
+use ferry_devices::ram::{PAGE_SIZE, Ram};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::error::{Doing, MachineError, Result};
+use crate::kvm::ring::Rings;
 use crate::kvm::{Capabilities, raw};
 use crate::layout;
 
 /// The VM and the memory plugged into it; the memory lives at least as long.
 pub struct Vm {
     pub fd: VmFd,
+    /// Instead of the dirty log, if the machine was made so. Dropped before the memory: they keep the VM in the kernel.
+    pub rings: Option<Rings>,
     pub ram: Ram,
-    /// One bit per slot whose dirty log is on.
+    /// One bit per slot whose writes are tracked.
     logging: AtomicU32,
 }
 
 impl Vm {
-    /// Makes a VM over memory that exists already (and may have been in another VM before: a pulse does that).
-    pub fn create(kvm: &Kvm, caps: &Capabilities, ram: &Ram) -> Result<Arc<Vm>> {
+    /// Makes a VM over memory that exists already (and may have been in another VM before: a pulse does that). With
+    /// `ring_entries` writes are tracked by dirty rings of that size, without by the dirty log: KVM does one or the other
+    /// for the whole life of a VM, and must know before the first vCPU.
+    pub fn create(kvm: &Kvm, caps: &Capabilities, ram: &Ram, ring_entries: Option<u32>) -> Result<Arc<Vm>> {
         let fd = loop {
             match kvm.create_vm() {
                 Err(e) if e.errno() == libc::EINTR => {}
                 other => break other.doing("create a virtual machine")?,
             }
         };
-        if caps.manual_dirty_protect != 0 {
+        let pages: Vec<u64> = ram.iter().map(|region| region.len() / PAGE_SIZE).collect();
+        let rings = ring_entries
+            .map(|entries| Rings::enable(&fd, caps, entries, &pages))
+            .transpose()?;
+        // Not beside rings: with INITIALLY_SET memory would not be protected when the tracking begins, and rings have
+        // nothing else that protects it the first time.
+        if caps.manual_dirty_protect != 0 && rings.is_none() {
             // Before the memory is plugged in: a slot that exists already would begin with an empty log instead of
             // a full one, and the first round of a crossing would send nothing.
             let mut cap = kvm_enable_cap {
@@ -54,6 +65,7 @@ impl Vm {
         }
         let vm = Vm {
             fd,
+            rings,
             ram: ram.clone(),
             logging: AtomicU32::new(0),
         };
@@ -61,7 +73,18 @@ impl Vm {
         Ok(Arc::new(vm))
     }
 
-    /// Switches the log of a slot on or off.
+    /// Takes note of a new vCPU.
+    pub(crate) fn add_vcpu(&self, vcpu: &VcpuFd) -> Result<()> {
+        self.rings.as_ref().map_or(Ok(()), |rings| rings.add(vcpu))
+    }
+
+    /// Empties the rings, for a vCPU that cannot go on before.
+    pub(crate) fn make_room(&self, vcpu: u32) -> Result<()> {
+        let Some(rings) = &self.rings else { return Ok(()) };
+        rings.make_room(&self.fd, vcpu).doing("empty the dirty rings")
+    }
+
+    /// Switches the tracking of writes to a slot on or off.
     pub fn log_dirty_pages(&self, slot: u32, on: bool) -> Result<()> {
         self.plug(slot, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })?;
         let bit = 1u32.checked_shl(slot).unwrap_or(0);
@@ -73,7 +96,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Whether any slot's log is on: then nobody may take the memory to another VM, whose log would be empty.
+    /// Whether any slot's writes are tracked: then nobody may take the memory to another VM, which knows of none of them.
     pub fn is_logging(&self) -> bool {
         self.logging.load(Ordering::Acquire) != 0
     }

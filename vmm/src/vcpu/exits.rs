@@ -1,7 +1,9 @@
 //! What a vCPU does when the guest leaves to us: serve an access, or say why the guest cannot go on.
 
 use ferry_devices::log_once::LogOnce;
-use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{
+    KVM_EXIT_DIRTY_RING_FULL, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -63,6 +65,11 @@ pub(super) fn step(index: u32, vcpu: &mut VcpuFd, page: &RunPage, vm: &Vm, aroun
         Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_)) => {
             return Step::Again;
         }
+        // So many writes since the last survey of a crossing: nothing of it is lost, the guest waits while it is noted.
+        Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => match vm.make_room(index) {
+            Ok(()) => return Step::Again,
+            Err(error) => Trouble::Other(error.to_string()),
+        },
         Ok(VcpuExit::Shutdown) => Trouble::TripleFault,
         Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
             return Step::Ended(Event::Stop(StopReason::PowerOff));

@@ -163,6 +163,10 @@ fn small(cpus: u32, cmdline: &str) -> MachineConfig {
 
 /// Both workloads write; what is read back comes into memory by the device alone.
 fn disk(name: &str, format: DiskFormat, options: &str) {
+    disk_tracked(name, format, options, None);
+}
+
+fn disk_tracked(name: &str, format: DiskFormat, options: &str, dirty_ring: Option<u32>) {
     if skip() {
         return;
     }
@@ -173,6 +177,7 @@ fn disk(name: &str, format: DiskFormat, options: &str) {
         2,
         "work=disk+database journal=2M rows=4096 updates=20000 records=2000 heartbeat=50ms",
     );
+    config.dirty_ring = dirty_ring;
     let place: &Path = &path;
     config.disks = vec![format!("{}{options}", place.display()).parse().unwrap()];
     let mut guest = Guest::start(&config);
@@ -192,6 +197,16 @@ fn of_a_raw_disk_by_io_uring_around_the_page_cache() {
         "raw disk, direct io_uring",
         DiskFormat::Raw,
         ",engine=io-uring,cache=direct",
+    );
+}
+
+#[test]
+fn of_a_raw_disk_beside_dirty_rings() {
+    disk_tracked(
+        "raw disk, rings",
+        DiskFormat::Raw,
+        ",engine=io-uring,cache=direct",
+        Some(1024),
     );
 }
 

@@ -10,4 +10,5 @@ mod harness;
 mod input;
 mod memory;
 mod net;
+mod ring;
 mod vcpu_state;

@@ -36,7 +36,7 @@ impl Bench {
     }
 
     fn vcpu(&self) -> (std::sync::Arc<Vm>, VcpuFd) {
-        let vm = Vm::create(&self.kvm, &self.caps, &self.ram).unwrap();
+        let vm = Vm::create(&self.kvm, &self.caps, &self.ram, None).unwrap();
         let vcpu = vm.fd.create_vcpu(0).unwrap();
         vcpu.set_cpuid2(&self.kvm.get_supported_cpuid(256).unwrap())
             .unwrap();
