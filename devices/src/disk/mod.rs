@@ -145,7 +145,7 @@ impl Disk {
         }
         disk.set_limits(*limits);
         if *ownership == Ownership::Now {
-            disk.take_lock()?;
+            disk.lock_and_look()?;
         }
         Ok(disk)
     }
@@ -255,6 +255,21 @@ impl Disk {
         if self.owned.load(Ordering::SeqCst) {
             return Ok(());
         }
+        self.lock_and_look()?;
+        if let Image::Raw(image) = &self.image {
+            // Pages of before the other side wrote must not be believed. An image that is ours from the moment it is
+            // opened has none, and keeps what the host has cached of it.
+            if let Err(error) = rustix::fs::fadvise(&image.file, 0, None, rustix::fs::Advice::DontNeed) {
+                tracing::debug!(
+                    "the page cache of {} was not dropped: {error}",
+                    self.path.display()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn lock_and_look(&self) -> Result<(), DiskError> {
         let mode = if self.read_only {
             LockMode::Read
         } else {
@@ -263,25 +278,16 @@ impl Disk {
         let file = self.image.file();
         lock_file(file, &self.path, mode)?;
         let ready = match &self.image {
-            Image::Raw(image) => {
-                // Pages of before the other side wrote must not be believed.
-                if let Err(error) = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed) {
-                    tracing::debug!(
-                        "the page cache of {} was not dropped: {error}",
-                        self.path.display()
-                    );
-                }
-                match file_len(file, &self.path) {
-                    Ok(len) if len != image.size => Err(DiskError::unsupported(
-                        &self.path,
-                        format!(
-                            "is {len} bytes long now, and was {} bytes when it was looked at first",
-                            image.size
-                        ),
-                    )),
-                    other => other.map(drop),
-                }
-            }
+            Image::Raw(image) => match file_len(file, &self.path) {
+                Ok(len) if len != image.size => Err(DiskError::unsupported(
+                    &self.path,
+                    format!(
+                        "is {len} bytes long now, and was {} bytes when it was looked at first",
+                        image.size
+                    ),
+                )),
+                other => other.map(drop),
+            },
             Image::Qcow2(image) => image.open(),
         };
         if let Err(error) = ready {

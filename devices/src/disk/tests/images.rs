@@ -209,6 +209,37 @@ fn an_image_passes_between_two_sides_that_share_it() {
     }
 }
 
+/// Opening an image used to throw away what the host had cached of it, and each start began with a cold disk.
+#[test]
+fn an_image_keeps_the_hosts_cache_when_it_is_opened_and_loses_it_when_another_side_had_it() {
+    let dir = dir();
+    let disk = new_disk(dir.path(), DiskFormat::Raw, DiskCache::Writeback);
+    disk.write_at(&[7; 4096], 0).unwrap();
+    disk.release_lock().unwrap();
+    // Only clean pages can be dropped, and `release_lock` has dropped nothing.
+    let cached = |file: &File| {
+        let mut page = [0; 4096];
+        let flags = rustix::io::ReadWriteFlags::NOWAIT;
+        match rustix::io::preadv2(file, &mut [io::IoSliceMut::new(&mut page)], 0, flags) {
+            Ok(4096) => Some(true),
+            Err(rustix::io::Errno::AGAIN) => Some(false),
+            // The file system cannot say.
+            _ => None,
+        }
+    };
+    let looker = File::open(disk.path()).unwrap();
+    io::copy(&mut File::open(disk.path()).unwrap(), &mut io::sink()).unwrap();
+    let Some(before) = cached(&looker) else {
+        return println!("skipped: this file system does not say what is cached");
+    };
+    assert!(before, "the file was just read");
+    let opened = Disk::open(&options(disk.path(), DiskFormat::Raw)).unwrap();
+    assert_eq!(cached(&looker), Some(true));
+    opened.release_lock().unwrap();
+    opened.take_lock().unwrap();
+    assert_eq!(cached(&looker), Some(false), "another side may have written");
+}
+
 #[test]
 fn a_guest_that_writes_a_qcow2_header_gets_no_files_of_the_host() {
     let dir = dir();
