@@ -15,8 +15,8 @@ use crate::report;
 use crate::sets::Sets;
 use crate::units::UnitSet;
 
-/// How many slices the policy may look back.
-const SAMPLES_KEPT: usize = 200;
+/// How many slices the policy may look back: a minute, so that it sees more than one phase of a guest that has phases.
+const SAMPLES_KEPT: usize = 600;
 /// How often notes are taken over just to see which pages are written again. Each costs the guest a write fault.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
@@ -34,6 +34,8 @@ pub(crate) struct Copying {
     pub(crate) round: u32,
     /// What the round in progress has carried, over all its slices.
     carried: Carried,
+    /// Where the next slice of a policy that plans anew in each goes on, in each block.
+    cursors: Vec<u64>,
     /// Units that the present plan leaves for the switch.
     held_back: u64,
     /// What crossed by name before the first round.
@@ -105,6 +107,7 @@ impl Copying {
             history,
             round: 0,
             carried: Carried::default(),
+            cursors: vec![0; cargo.len()],
             held_back: 0,
             by_name: Carried::default(),
             round_started: now,
@@ -158,31 +161,39 @@ impl Copying {
             }
             _ => 0,
         };
+        // A slice's worth; everything if the pace is not known.
+        let slice_bytes = match decision.bandwidth_bytes_per_sec {
+            UNLIMITED => u64::MAX,
+            rate => (rate as f64 * decision.ask_again.as_secs_f64() / self.history.wire_ratio()) as u64,
+        };
+        let total = plan.bytes(cargo).max(1);
+        // Every block gets its share of the slice.
+        let most = |dirty: &UnitSet, cargo: &Cargo| {
+            let unit = u64::from(cargo.info.unit_bytes());
+            let share = (slice_bytes as f64 * (dirty.count() * unit) as f64 / total as f64) as u64;
+            if decision.fresh {
+                share.div_ceil(unit).max(1)
+            } else {
+                u64::MAX
+            }
+        };
+        let blocks = plan.as_slice().iter().zip(cargo);
         if let Some(heat) = &self.heat
             && (decision.hold_back_from != usize::MAX || decision.order == Order::ColdestFirst)
         {
-            // A slice's worth, coldest first; everything but what is held back if the pace is not known.
-            let slice_bytes = match decision.bandwidth_bytes_per_sec {
-                UNLIMITED => u64::MAX,
-                rate => (rate as f64 * decision.ask_again.as_secs_f64() / self.history.wire_ratio()) as u64,
-            };
-            let total = plan.bytes(cargo).max(1);
-            let chosen = plan
-                .as_slice()
-                .iter()
+            let chosen = blocks
                 .zip(heat)
-                .zip(cargo)
-                .map(|((dirty, heat), cargo)| {
-                    let unit = u64::from(cargo.info.unit_bytes());
-                    // Every block gets its share of the slice.
-                    let share = (slice_bytes as f64 * (dirty.count() * unit) as f64 / total as f64) as u64;
-                    let most = if decision.fresh {
-                        share.div_ceil(unit).max(1)
-                    } else {
-                        u64::MAX
-                    };
-                    heat.coldest(dirty, decision.hold_back_from, most, 0)
+                .map(|((dirty, cargo), heat)| {
+                    heat.coldest(dirty, decision.hold_back_from, most(dirty, cargo), 0)
                 })
+                .collect();
+            plan = Sets::from(chosen);
+        } else if decision.fresh && decision.bandwidth_bytes_per_sec != UNLIMITED {
+            // On around the block: who begins at its start each time sends what is written there over and over, and
+            // hardly gets any further.
+            let chosen = blocks
+                .zip(&mut self.cursors)
+                .map(|((dirty, cargo), cursor)| sweep(dirty, most(dirty, cargo), cursor))
                 .collect();
             plan = Sets::from(chosen);
         }
@@ -465,10 +476,58 @@ impl Copying {
     }
 }
 
+/// At most `most` units of the set from the cursor on and around, and moves it behind them.
+fn sweep(set: &UnitSet, most: u64, cursor: &mut u64) -> UnitSet {
+    let mut chosen = UnitSet::empty(set.units());
+    let mut left = most;
+    let start = *cursor;
+    for (from, to) in [(start, set.units()), (0, start)] {
+        let mut at = from;
+        while left > 0
+            && let Some((first, count)) = set.next_run(at).filter(|(first, _)| *first < to)
+        {
+            let count = count.min(left).min(to - first);
+            chosen.insert_run(first, count);
+            at = first + count;
+            left -= count;
+            *cursor = at;
+        }
+    }
+    chosen
+}
+
 pub(crate) fn rate(bytes: u64, time: Duration) -> u64 {
     if time.is_zero() {
         0
     } else {
         (bytes as f64 / time.as_secs_f64()) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Sweeps follow one another around the block; whatever the size of a slice, each unit's turn comes once.
+        #[test]
+        fn every_unit_has_its_turn_before_any_has_a_second(
+            units in proptest::collection::btree_set(0u64..200, 1..60),
+            slice in 1u64..20,
+            start in 0u64..200,
+        ) {
+            let mut set = UnitSet::empty(200);
+            units.iter().for_each(|unit| set.insert(*unit));
+            let (mut cursor, mut turns) = (start, Vec::new());
+            while turns.len() < units.len() {
+                let left = (units.len() - turns.len()) as u64;
+                let chosen = sweep(&set, slice.min(left), &mut cursor);
+                prop_assert_eq!(chosen.count(), slice.min(left));
+                turns.extend(chosen.runs().flat_map(|(first, count)| first..first + count));
+            }
+            turns.sort_unstable();
+            prop_assert_eq!(turns, units.into_iter().collect::<Vec<_>>());
+        }
     }
 }

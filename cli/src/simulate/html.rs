@@ -12,17 +12,18 @@ pub(super) fn page(title: &str, outcomes: &[Outcome]) -> String {
         .map(|o| (o.policy.as_str(), o.timeline.as_slice()))
         .collect();
     let mut html = head(title);
-    html += "<table><tr><th>policy<th>cost (s)<th>total (s)<th>downtime (s)<th>MiB sent<th>rounds<th>stopped because</tr>\n";
+    html += "<table><tr><th>policy<th>cost (s)<th>total (s)<th>downtime (s)<th>MiB sent<th>of it disk<th>rounds<th>stopped because</tr>\n";
     for (at, o) in outcomes.iter().enumerate() {
         let _ = writeln!(
             html,
-            "<tr><td style=\"color:{}\">{}<td>{:.4}<td>{:.2}<td>{:.4}<td>{:.1}<td>{}<td>{}</tr>",
+            "<tr><td style=\"color:{}\">{}<td>{:.4}<td>{:.2}<td>{:.4}<td>{:.1}<td>{:.1}<td>{}<td>{}</tr>",
             colour(at),
             escape(&o.policy),
             o.cost,
             o.total_s,
             o.downtime_s,
             o.bytes as f64 / 1_048_576.0,
+            o.disk_bytes as f64 / 1_048_576.0,
             o.rounds,
             escape(&o.stop_reason)
         );

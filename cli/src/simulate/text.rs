@@ -24,7 +24,7 @@ pub(super) fn outcomes(outcomes: &[Outcome]) -> String {
             format!("{:.4} s", o.cost),
             format!("{:.2} s", o.total_s),
             crossed(format!("{:.4} s", o.downtime_s)),
-            size(o.bytes as f64),
+            sent(o),
             o.rounds.to_string(),
             crossed(format!("{:.4} s", o.cost_with_time)),
         ]);
@@ -36,4 +36,13 @@ pub(super) fn outcomes(outcomes: &[Outcome]) -> String {
         text += &format!("{} {what}: {}\n", o.policy, o.stop_reason);
     }
     text.trim_end().to_string()
+}
+
+/// All bytes, and how many of them for disks.
+fn sent(o: &Outcome) -> String {
+    let all = size(o.bytes as f64);
+    match o.disk_bytes {
+        0 => all,
+        disk => format!("{all} ({} disk)", size(disk as f64)),
+    }
 }

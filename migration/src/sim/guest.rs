@@ -90,6 +90,15 @@ impl Guest {
         self.pages
     }
 
+    /// Which units belong to each class of the trace; nothing for a recorded one.
+    pub fn classes(&self) -> impl Iterator<Item = &[u32]> {
+        let classes = match &self.kind {
+            Kind::Classes { classes, .. } => classes.as_slice(),
+            Kind::Recorded { .. } => &[],
+        };
+        classes.iter().map(|class| class.pages.as_slice())
+    }
+
     /// Slows the guest: it runs this part of the time.
     pub fn set_speed(&mut self, speed: f64) {
         if speed != self.speed {

@@ -1,9 +1,11 @@
 //! The simulator: a guest that writes, a link that is shared, a clock that is told, and a seed.
 //!
-//! [`pages`] runs a policy at the level of single pages and is fast enough for thousands of runs; the guest,
-//! the link and the numbers are the same for every policy, and a seed repeats to the byte.
+//! [`crossing`] runs the engine's real code, both sides of it, with memory and disks; [`pages`] runs a policy at the
+//! level of single pages and is fast enough for thousands of runs. The guest, the link and the numbers are the same for
+//! both and for every policy, and a seed repeats to the byte.
 
 pub mod crossing;
+pub mod disk;
 pub mod guest;
 pub mod link;
 pub mod pages;

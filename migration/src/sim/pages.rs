@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::disk::Disk;
 use super::guest::Guest;
 use super::link::{Link, Sharing};
 use super::trace::Trace;
@@ -22,13 +23,15 @@ const SAMPLES: usize = 600;
 /// The shortest window for which writes are counted for the groups.
 const WINDOW_SECS: f64 = 0.1;
 /// Two points of a timeline are at least this far apart.
-const POINT_SECS: f64 = 0.25;
+pub(super) const POINT_SECS: f64 = 0.25;
 
 /// A guest, a link and limits; the policy is in the limits.
 #[derive(Clone, Debug)]
 pub struct Scenario {
     pub trace: Trace,
     pub memory_bytes: u64,
+    /// Only the engine carries them.
+    pub disks: Vec<Disk>,
     pub link: Link,
     pub limits: Limits,
     pub seed: u64,
@@ -51,6 +54,9 @@ pub struct Outcome {
     pub total_s: f64,
     pub downtime_s: f64,
     pub bytes: u64,
+    /// Of `bytes`, for disks.
+    #[serde(default)]
+    pub disk_bytes: u64,
     pub rounds: usize,
     pub stop_reason: String,
     /// Whether the machine has crossed (the policy may have given up).
@@ -85,6 +91,7 @@ impl Scenario {
         Scenario {
             trace,
             memory_bytes,
+            disks: Vec::new(),
             link: Link::new(link_bytes_per_sec),
             limits: Limits {
                 link_bytes_per_sec: Some(link_bytes_per_sec as u64),
@@ -101,6 +108,11 @@ impl Scenario {
         let mut scenario = self.clone();
         scenario.limits.policy = policy;
         scenario
+    }
+
+    /// All pages of the guest, those of its devices too.
+    pub fn pages(&self) -> u64 {
+        self.memory_bytes.div_ceil(PAGE) + self.trace.device_pages
     }
 
     pub fn run(&self) -> Outcome {
@@ -181,7 +193,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(scenario: &'a Scenario) -> Self {
-        let pages = scenario.memory_bytes.div_ceil(PAGE) + scenario.trace.device_pages;
+        let pages = scenario.pages();
         let policy = scenario.limits.policy;
         let counts_heat = policy == Policy::CalmLive || scenario.limits.page_write_rate_per_sec.is_none();
         Run {
@@ -554,6 +566,7 @@ impl<'a> Run<'a> {
             total_s: self.now,
             downtime_s,
             bytes: self.bytes as u64,
+            disk_bytes: 0,
             rounds: self.history.rounds.len(),
             stop_reason,
             crossed,
