@@ -272,6 +272,13 @@ impl Copying {
                 None => Some(rate),
             };
         }
+        if paced && carried.wire_bytes() > 0 && !time.is_zero() {
+            // What buffers took at once was not carried.
+            let most = decision.bandwidth_bytes_per_sec as f64;
+            let rate = (carried.wire_bytes() as f64 / time.as_secs_f64()).min(most);
+            let known = self.history.carried_bytes_per_sec.unwrap_or(0.0);
+            self.history.carried_bytes_per_sec = Some(known.max(rate));
+        }
         if decision.waiting {
             self.history.waited += time;
         }

@@ -115,6 +115,8 @@ pub struct History {
     pub groups: Vec<Group>,
     /// What the link carried when nothing held the data back, lately. `None` until it was seen.
     pub link_bytes_per_sec: Option<f64>,
+    /// The fastest it went while a limit held the data back: the link carries at least that. `None` until it was seen.
+    pub carried_bytes_per_sec: Option<f64>,
     pub service: Option<ServiceUse>,
     /// What the switch takes apart from copying the rest: pausing, device state, verifying, resuming.
     pub switch_fixed: Duration,
@@ -334,13 +336,17 @@ impl History {
 }
 
 impl Limits {
-    /// What the link carries: as stated, less if less was measured; `None` if nothing is known yet.
+    /// What the link carries: as stated, less if less was measured; what it surely carries where a limit never lets it
+    /// show more; `None` if nothing is known yet.
     pub fn link(&self, history: &History) -> Option<f64> {
         let measured = history.link_bytes_per_sec.filter(|b| b.is_finite() && *b >= 1.0);
         match (self.link_bytes_per_sec, measured) {
             (Some(stated), Some(measured)) => Some(measured.min(stated.max(1) as f64)),
             (Some(stated), None) => Some(stated.max(1) as f64),
-            (None, measured) => measured,
+            (None, Some(measured)) => Some(measured),
+            (None, None) => history
+                .carried_bytes_per_sec
+                .filter(|b| b.is_finite() && *b >= 1.0),
         }
     }
 

@@ -550,6 +550,7 @@ fn any_history() -> impl Strategy<Value = History> {
                     samples,
                     groups,
                     link_bytes_per_sec: link,
+                    carried_bytes_per_sec: Some(disk),
                     service: service.map(|(bytes_per_sec, requests_per_sec)| ServiceUse {
                         bytes_per_sec,
                         requests_per_sec,

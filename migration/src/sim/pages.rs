@@ -477,6 +477,9 @@ impl<'a> Run<'a> {
         let paced = decision.bandwidth_bytes_per_sec as f64 <= capacity;
         if !paced && !decision.yield_to_service {
             self.history.link_bytes_per_sec = Some(rate);
+        } else if paced && took > 0.0 {
+            let known = self.history.carried_bytes_per_sec.unwrap_or(0.0);
+            self.history.carried_bytes_per_sec = Some(known.max(wire / took));
         }
         let samples = &mut self.history.samples;
         if samples.len() >= SAMPLES {

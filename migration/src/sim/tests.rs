@@ -323,3 +323,26 @@ fn going_first_costs_what_the_queue_says_and_leaves_what_it_says() {
     let got = crossing / now;
     assert!(got > given * 0.99 && got < given * 1.2, "{got} against {given}");
 }
+
+/// A cap hid what the link carries: `max` went on until nothing was left, and `calm-live` never switched.
+#[test]
+fn a_policy_that_is_capped_and_told_nothing_of_the_link_still_finds_its_moment() {
+    for policy in [Policy::Max, Policy::CalmLive] {
+        let mut scenario = small(&Trace::reference(), 1024.0, Sharing::Reserved);
+        scenario.limits.policy = policy;
+        scenario.limits.link_bytes_per_sec = None;
+        scenario.limits.most_bandwidth_bytes_per_sec = Some((scenario.link.bytes_per_sec / 2.0) as u64);
+        scenario.limits.deadline = Some(Duration::from_secs(60));
+        for outcome in [scenario.run(), scenario.cross().outcome] {
+            assert!(outcome.crossed, "{}", brief(&outcome));
+            if policy == Policy::Max {
+                assert!(
+                    outcome.rounds <= 5,
+                    "{} rounds, {}",
+                    outcome.rounds,
+                    brief(&outcome)
+                );
+            }
+        }
+    }
+}
