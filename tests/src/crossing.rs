@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::host::{Host, PATIENCE, Ran, finish};
+use crate::host::{Host, PATIENCE, Ran, finish, skip_without_kvm};
 
 /// `ferry receive ADDRESS --once …`, listening.
 pub struct Receiver {
@@ -223,6 +223,19 @@ pub fn start(host: &Host, name: &str, cmdline: &str, more: &[&str]) -> Evidence 
     let evidence = Evidence::new(serial);
     evidence.beats_on(2);
     evidence
+}
+
+/// Two hosts, and the machine `m` at the first one, which has made all that it works on. None, with the reason printed, where
+/// there is no KVM.
+#[track_caller]
+pub fn pair(cmdline: &str, more: &[&str]) -> Option<(Host, Host, Evidence)> {
+    if skip_without_kvm() {
+        return None;
+    }
+    let (here, there) = (Host::new(), Host::new());
+    let guest = start(&here, "m", cmdline, more);
+    guest.wait_for_line("ready");
+    Some((here, there, guest))
 }
 
 /// Begins `ferry migrate` and does not wait.

@@ -1,6 +1,6 @@
 //! A machine crosses, with all that it has, and the guest's own evidence is whole on both sides.
 
-use ferry_tests::crossing::{Receiver, migrate, runs_at, start};
+use ferry_tests::crossing::{Receiver, migrate, pair, runs_at, start};
 use ferry_tests::host::{Host, skip_without_kvm};
 use serde_json::Value;
 
@@ -38,17 +38,12 @@ fn check_report(host: &Host) {
 
 #[test]
 fn a_working_guest_crosses_there_and_back_and_does_not_notice() {
-    if skip_without_kvm() {
-        return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let mut guest = start(
-        &here,
-        "m",
+    let Some((here, there, mut guest)) = pair(
         "work=allocator+gc memory=16M heap=8M rate=2000",
         &["--memory", "128M", "--cpus", "2"],
-    );
-    guest.wait_for_line("ready");
+    ) else {
+        return;
+    };
     for (from, to, serial) in [(&here, &there, "there.serial"), (&there, &here, "back.serial")] {
         let serial = to.file(serial);
         let receiver = Receiver::start(to, &serial, &[]);

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use ferry_tests::crossing::{Evidence, Receiver, begin, migrate, runs_at, signal, start, state_at};
+use ferry_tests::crossing::{Evidence, Receiver, begin, migrate, pair, runs_at, signal, state_at};
 use ferry_tests::host::{Host, PATIENCE, finish, skip_without_kvm};
 use ferry_tests::relay::{Act, Point, Relay};
 use rustix::process::Signal;
@@ -14,19 +14,15 @@ const ONCE: [&str; 4] = ["--reconnect", "0s", "--compress", "off"];
 /// One message in each phase: before copying, while copying, in the switch (twice), at the hand over, after it.
 const PHASES: [&str; 6] = ["Offer", "RoundEnd", "StatePart", "Loaded", "Go", "Awake"];
 
-fn machine(host: &Host) -> Evidence {
-    let guest = start(host, "m", WORK, &["--memory", "64M"]);
-    guest.wait_for_line("ready");
-    guest
+fn machine() -> Option<(Host, Host, Evidence)> {
+    pair(WORK, &["--memory", "64M"])
 }
 
 #[test]
 fn a_receiver_that_is_killed_at_any_phase_leaves_the_machine_here_or_a_doubt_that_is_settled() {
-    if skip_without_kvm() {
+    let Some((here, there, guest)) = machine() else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let guest = machine(&here);
+    };
     for phase in PHASES {
         let serial = there.file(&format!("killed-{phase}"));
         let mut receiver = Receiver::start(&there, &serial, &[]);
@@ -72,8 +68,9 @@ fn an_outgoing_process_that_is_killed_at_any_phase_leaves_no_second_machine() {
         return;
     }
     for phase in PHASES {
-        let (here, there) = (Host::new(), Host::new());
-        let mut guest = machine(&here);
+        let Some((here, there, mut guest)) = machine() else {
+            return;
+        };
         let serial = there.file("there.serial");
         let receiver = Receiver::start(&there, &serial, &["--reconnect", "1s"]);
         let relay = Relay::at(receiver.port(), Point::first(phase), Act::Hold, false);
@@ -121,11 +118,9 @@ fn an_outgoing_process_that_is_killed_at_any_phase_leaves_no_second_machine() {
 
 #[test]
 fn a_crossing_is_cancelled_at_any_phase_up_to_the_hand_over() {
-    if skip_without_kvm() {
+    let Some((here, there, mut guest)) = machine() else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let mut guest = machine(&here);
+    };
     let mut last = None;
     for (number, phase) in PHASES.into_iter().enumerate() {
         let serial = there.file(&format!("cancelled-{phase}"));
@@ -191,17 +186,10 @@ fn a_crossing_is_cancelled_at_any_phase_up_to_the_hand_over() {
 
 #[test]
 fn a_deadline_does_what_was_asked_and_counts_from_the_beginning() {
-    if skip_without_kvm() {
+    let Some((here, there, mut guest)) = pair("work=allocator memory=32M rate=4000", &["--memory", "128M"])
+    else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let mut guest = start(
-        &here,
-        "m",
-        "work=allocator memory=32M rate=4000",
-        &["--memory", "128M"],
-    );
-    guest.wait_for_line("ready");
+    };
     // It writes twice as much as may be copied: it never converges.
     let never = ["--bandwidth", "8MB", "--compress", "off", "--downtime", "1ms"];
     let cross = |more: &[&str], receiver: &Receiver| {
@@ -261,17 +249,10 @@ fn a_deadline_does_what_was_asked_and_counts_from_the_beginning() {
 
 #[test]
 fn each_policy_does_what_it_says_on_a_link_that_is_too_slow() {
-    if skip_without_kvm() {
+    let Some((here, there, mut guest)) = pair("work=allocator memory=16M rate=6000", &["--memory", "128M"])
+    else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let mut guest = start(
-        &here,
-        "m",
-        "work=allocator memory=16M rate=6000",
-        &["--memory", "128M"],
-    );
-    guest.wait_for_line("ready");
+    };
     for policy in ["max", "qemu", "cloud-hypervisor"] {
         let receiver = Receiver::start(&there, &there.file(policy), &[]);
         let relay = Relay::slow(receiver.port(), 4_000_000);
@@ -302,11 +283,9 @@ fn each_policy_does_what_it_says_on_a_link_that_is_too_slow() {
 
 #[test]
 fn a_link_that_stalls_is_given_up_in_time_and_one_that_comes_back_goes_on() {
-    if skip_without_kvm() {
+    let Some((here, there, mut guest)) = machine() else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let mut guest = machine(&here);
+    };
     for phase in ["Offer", "RoundEnd", "Loaded"] {
         let receiver = Receiver::start(&there, &there.file("stalled"), &["--reconnect", "1s"]);
         let relay = Relay::at(receiver.port(), Point::first(phase), Act::Stall, false);

@@ -6,7 +6,7 @@ use std::net::TcpListener;
 
 use ferry_migration::failure::{Cause, Phase, Reason};
 use ferry_migration::wire::{ENVELOPE_BYTES, Greeting, Message, envelope, open_envelope};
-use ferry_tests::crossing::{Evidence, Receiver, migrate, runs_at, start};
+use ferry_tests::crossing::{Evidence, Receiver, migrate, pair, runs_at, start};
 use ferry_tests::host::{Host, Ran, skip_without_kvm};
 use ferry_tests::relay::Relay;
 use serde_json::{Value, json};
@@ -139,16 +139,10 @@ fn ask_too_much(message: &mut Message) {
 
 #[test]
 fn a_host_that_lacks_a_cpu_feature_or_speaks_another_version_says_so() {
-    if skip_without_kvm() {
+    let Some((here, there, mut guest)) = pair("work=allocator memory=2M rate=100", &["--memory", "64M"])
+    else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let mut guest = start(
-        &here,
-        "m",
-        "work=allocator memory=2M rate=100",
-        &["--memory", "64M"],
-    );
+    };
     let cases: [(Edit, &str); 2] = [
         (ask_too_much, "the machine cannot run there: "),
         (

@@ -1,6 +1,6 @@
 //! What is said before a crossing: true enough to go by, and saying it changes nothing.
 
-use ferry_tests::crossing::{Receiver, migrate, runs_at, start};
+use ferry_tests::crossing::{Receiver, migrate, pair, runs_at, start};
 use ferry_tests::host::{Host, ferry_binary, skip_without_kvm};
 use serde_json::Value;
 
@@ -125,16 +125,10 @@ fn a_dry_run_tells_what_would_happen_and_a_crossing_after_it_is_whole() {
 
 #[test]
 fn a_receiver_that_would_refuse_says_why_and_waits_on() {
-    if skip_without_kvm() {
+    let Some((here, there, mut guest)) = pair("work=allocator memory=8M rate=500", &["--memory", "128M"])
+    else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let mut guest = start(
-        &here,
-        "m",
-        "work=allocator memory=8M rate=500",
-        &["--memory", "128M"],
-    );
+    };
     let serial = there.file("there.serial");
     let receiver = Receiver::start(&there, &serial, &["--max-memory", "64M"]);
     for _ in 0..2 {
@@ -177,16 +171,9 @@ fn a_receiver_that_would_refuse_says_why_and_waits_on() {
 /// Over ssh the receiver is started for the question, and is gone after it.
 #[test]
 fn a_dry_run_over_ssh_leaves_no_receiver_behind() {
-    if skip_without_kvm() {
+    let Some((here, there, guest)) = pair("work=allocator memory=8M rate=500", &["--memory", "128M"]) else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let guest = start(
-        &here,
-        "m",
-        "work=allocator memory=8M rate=500",
-        &["--memory", "128M"],
-    );
+    };
     // What stands in for ssh notes which process the receiver is.
     let (ssh, pid) = (here.file("ssh"), here.file("pid"));
     let script = format!(

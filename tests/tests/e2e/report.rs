@@ -8,7 +8,7 @@ use std::time::Duration;
 use ferry_migration::failure::{Cause, Failure, Phase, Side, Whereabouts};
 use ferry_migration::report::{Probe, ProbeOutage, Report};
 use ferry_network::namespace::Namespace;
-use ferry_tests::crossing::{Receiver, migrate, runs_at, start};
+use ferry_tests::crossing::{Receiver, migrate, pair, runs_at, start};
 use ferry_tests::host::{Host, skip_without_kvm};
 use ferry_tests::schema::{unknown_and_absent, violations};
 use serde_json::Value;
@@ -103,17 +103,10 @@ fn a_report_of_an_older_version_is_read() {
 
 #[test]
 fn real_reports_are_as_the_schema_says_whether_the_machine_moved_or_not() {
-    if skip_without_kvm() {
+    let Some((here, there, mut guest)) = pair("work=allocator memory=16M rate=1000", &["--memory", "128M"])
+    else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let mut guest = start(
-        &here,
-        "m",
-        "work=allocator memory=16M rate=1000",
-        &["--memory", "128M"],
-    );
-    guest.wait_for_line("ready");
+    };
     // Refused.
     let refusing = Receiver::start(&there, &there.file("no.serial"), &["--max-memory", "64M"]);
     let refused = migrate(&here, "m", &refusing.address, &["--report", "refused.json"]);
