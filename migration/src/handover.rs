@@ -111,6 +111,9 @@ pub struct Record {
     pub standing: Standing,
     /// The ledger of the other side, whose word counts as evidence.
     pub peer: Option<LedgerId>,
+    /// Incoming: the other side is known to know that the machine was taken, and will never ask.
+    #[serde(default)]
+    pub heard: bool,
 }
 
 /// The durable memory of a side. `write` returns only when the record will survive a crash of the host.
@@ -291,13 +294,38 @@ pub fn next_epoch(records: &[Record]) -> Result<u64, Reason> {
     }
 }
 
-/// May this side take a machine that is offered with `epoch`?
-pub fn check_epoch(records: &[Record], epoch: u64) -> Result<(), Reason> {
-    match binding(records) {
-        Some(last) if last.standing == Standing::GivenAway => Err(Reason::new(
+/// May this side take a machine that the host with the ledger `from` offers with `epoch`? If so: which of this side's
+/// doubts the offer settles. [`settle_returned`] writes that down, before anything is built.
+///
+/// # A machine that comes back to a host in doubt
+///
+/// This host gave the machine away and never heard what became of it. Then the host that it went to sends it back. Must a
+/// person settle the doubt first? No: the offer is the word that was waited for.
+///
+/// - *It comes from the ledger that the hand over went to.* That ledger's word would settle the doubt anyway. Nobody
+///   else's offer does: one that has the machine from there says nothing of how it got there.
+/// - *Its epoch is higher than that of the hand over.* To offer a machine a side needs the right to run it, and its
+///   epoch is one more than any that its ledger knows. While the hand over is open, the right is here or there: a side
+///   that did not take it has no right to offer, and if what it has is an old copy, its ledger says `Gone` (see
+///   `next_epoch`) or counts from before the hand over.
+///
+/// The danger is the other copy: the one that stands still here, in doubt, and that an answer `Declined`, or a user, could
+/// still set going beside the one that comes. So the doubt becomes `Gone` in the ledger before the machine is built here,
+/// and the ledger takes nothing from a process that has not seen that. `tests/journeys_model.rs` walks every order of this.
+pub fn check_epoch(records: &[Record], from: LedgerId, epoch: u64) -> Result<Vec<Record>, Reason> {
+    let doubts = || {
+        records
+            .iter()
+            .filter(|record| record.standing == Standing::GivenAway)
+    };
+    if doubts().any(|doubt| doubt.peer != Some(from)) {
+        return Err(Reason::new(
             Cause::Busy,
-            "this host itself handed the machine over and never heard the answer: settle it with `ferry resolve` first",
-        )),
+            "this host itself handed the machine over, to another host than the one that offers it, and never heard the \
+             answer: settle it with `ferry resolve` first",
+        ));
+    }
+    match binding(records) {
         Some(last) if last.epoch >= epoch => Err(Reason::new(
             Cause::NotAllowed,
             format!(
@@ -305,7 +333,41 @@ pub fn check_epoch(records: &[Record], epoch: u64) -> Result<(), Reason> {
                 last.epoch
             ),
         )),
-        _ => Ok(()),
+        _ => Ok(doubts().cloned().collect()),
+    }
+}
+
+/// Writes down what an offer settled.
+pub fn settle_returned(ledger: &mut dyn Ledger, doubts: Vec<Record>) -> Result<(), Reason> {
+    for mut doubt in doubts {
+        let known = ledger.read(doubt.session, Side::Outgoing)?;
+        if known.as_ref() != Some(&doubt) {
+            let message = format!("crossing {} was settled meanwhile; try again", doubt.session);
+            return Err(Reason::new(Cause::Ledger, message));
+        }
+        doubt.standing = Standing::Gone;
+        ledger.write(&doubt)?;
+    }
+    Ok(())
+}
+
+/// Whether a record may still be asked for, among all that its ledger has. The others go after a while.
+///
+/// Needed is a doubt; a `Taken` that the other side may not have heard of, because without it the answer would be
+/// `Declined`; and the last word on each machine, which refuses old copies of it. Not needed are `Kept` and `Declined`:
+/// they say what would be said without them, and their epochs, which nobody took, may be used again.
+pub fn is_needed(record: &Record, all: &[Record]) -> bool {
+    let is_final = |record: &Record| match record.standing {
+        Standing::Gone => true,
+        Standing::Taken => record.heard,
+        Standing::GivenAway | Standing::Kept | Standing::Declined => false,
+    };
+    match record.standing {
+        Standing::Kept | Standing::Declined => false,
+        _ if !is_final(record) => true,
+        _ => !all
+            .iter()
+            .any(|later| later.machine == record.machine && later.epoch > record.epoch && is_final(later)),
     }
 }
 
@@ -340,6 +402,7 @@ impl Departure {
             side: Side::Outgoing,
             standing: Standing::Kept,
             peer: None,
+            heard: false,
         };
         Ok((
             Departure {
@@ -465,6 +528,7 @@ impl Arrival {
             side: Side::Incoming,
             standing: Standing::Declined,
             peer: Some(peer),
+            heard: false,
         };
         ledger.write(&record)?;
         Ok(Arrival {
@@ -505,6 +569,15 @@ impl Arrival {
     /// The machine runs.
     pub fn started(&mut self) {
         self.state = taker(self.state, TakerEvent::Started).0;
+    }
+
+    /// The other side said that it knows.
+    pub fn heard(&mut self, ledger: &mut dyn Ledger) -> Result<(), Reason> {
+        if self.state == Taker::Taken && !self.record.heard {
+            self.record.heard = true;
+            ledger.write(&self.record)?;
+        }
+        Ok(())
     }
 
     /// It could not be started and never ran an instruction.
@@ -552,6 +625,7 @@ pub fn answer_from_ledger(ledger: &mut dyn Ledger, session: SessionId) -> Result
         side: Side::Incoming,
         standing: Standing::Declined,
         peer: None,
+        heard: false,
     });
     ledger.write(&Record {
         standing: Standing::Declined,

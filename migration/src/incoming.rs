@@ -133,6 +133,7 @@ pub struct Loaded {
 /// The machine is here.
 pub struct Running {
     session: SessionId,
+    arrival: Arrival,
     /// What is answered, however often the go-ahead comes.
     answer: Message,
 }
@@ -275,7 +276,11 @@ impl Incoming {
                 let answer = running.answer.clone();
                 Ok((Incoming::Running(running), Reply::of(answer)))
             }
-            (Incoming::Running(running), Message::Finish) => {
+            (Incoming::Running(mut running), Message::Finish) => {
+                if let Err(reason) = running.arrival.heard(room.ledger) {
+                    // The record stays longer than it needs to.
+                    tracing::warn!("{reason}");
+                }
                 let over = Over {
                     session: Some(running.session),
                     taken: true,

@@ -4,26 +4,40 @@
 //! Several processes of a host share its ledger: one may wait for a machine's go-ahead while another answers somebody
 //! who asks for a final word. So a record is only overwritten by who has seen its newest version, under a lock on its
 //! file: who comes second learns that it was settled meanwhile, and binds itself to nothing.
+//!
+//! Records that no later question needs ([`is_needed`]) go after a while. Who has read a record keeps its file open: one
+//! that was removed since, and perhaps begun anew under the same name, is not mistaken for the one that was read.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use crate::failure::{Cause, Reason, Side};
-use crate::handover::{Ledger, LedgerId, MachineId, Record, SessionId};
+use crate::handover::{Ledger, LedgerId, MachineId, Record, SessionId, is_needed};
 
 /// A version of a record, padded: one sector, so that it is written whole or not at all, and in place, because
 /// making a file durable takes several times as long as overwriting it, and the machine stands still meanwhile.
 const SLOT_BYTES: usize = 512;
 
+/// How long records are kept that nothing needs, for a person who looks.
+const KEEP_FOR: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How many of them are kept.
+const KEEP_MOST: usize = 1000;
+
 pub struct FileLedger {
     directory: PathBuf,
     id: LedgerId,
     /// The version of each record that was read or written here last.
-    seen: RefCell<HashMap<PathBuf, u64>>,
+    seen: RefCell<HashMap<PathBuf, Seen>>,
+}
+
+struct Seen {
+    count: u64,
+    file: File,
 }
 
 impl FileLedger {
@@ -71,6 +85,44 @@ impl FileLedger {
         }
         Ok(records)
     }
+
+    /// Removes records that nothing needs: those older than 30 days, and of the others all but the newest 1000. How many.
+    pub fn prune(&self, now: SystemTime) -> Result<usize, Reason> {
+        self.prune_to(now, KEEP_FOR, KEEP_MOST)
+    }
+
+    fn prune_to(&self, now: SystemTime, keep_for: Duration, keep_most: usize) -> Result<usize, Reason> {
+        let listing = fs::read_dir(&self.directory).map_err(|e| failed("list", &self.directory, &e))?;
+        let mut records = Vec::new();
+        for path in listing.flatten().map(|entry| entry.path()) {
+            // One that cannot be read stays, for whoever asks for it to stumble over.
+            if path.extension().is_some_and(|extension| extension == "crossing")
+                && let Ok(Some(record)) = load(&path)
+                && let Ok(written) = fs::metadata(&path).and_then(|metadata| metadata.modified())
+            {
+                records.push((now.duration_since(written).unwrap_or_default(), path, record));
+            }
+        }
+        let all: Vec<Record> = records.iter().map(|(_, _, record)| record.clone()).collect();
+        records.retain(|(_, _, record)| !is_needed(record, &all));
+        records.sort_by_key(|(age, _, _)| *age);
+        let old = records
+            .iter()
+            .enumerate()
+            .filter(|(at, (age, _, _))| *at >= keep_most || *age > keep_for);
+        Ok(old.filter(|(_, (_, path, record))| remove(path, record)).count())
+    }
+}
+
+/// Removes a record, unless it has changed since or somebody is just writing it.
+fn remove(path: &Path, judged: &Record) -> bool {
+    let Ok(file) = File::options().read(true).write(true).open(path) else {
+        return false;
+    };
+    file.try_lock().is_ok()
+        && is_there(&file)
+        && newest(&file, path).is_ok_and(|(_, _, record)| record == *judged)
+        && fs::remove_file(path).is_ok()
 }
 
 impl Ledger for FileLedger {
@@ -80,42 +132,35 @@ impl Ledger for FileLedger {
 
     fn write(&mut self, record: &Record) -> Result<(), Reason> {
         let path = self.path(record.session, record.side);
-        let seen = self.seen.borrow().get(&path).copied().unwrap_or(0);
-        let file = match File::options().read(true).write(true).open(&path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && seen == 0 => {
-                let bytes = [slot(record, 1)?, [0; SLOT_BYTES]].concat();
-                create_durably(&self.directory, &path, &bytes)?;
-                self.seen.borrow_mut().insert(path, 1);
-                return Ok(());
-            }
-            Err(e) => return Err(failed("open", &path, &e)),
+        let seen = self.seen.get_mut();
+        let Some(Seen { count, file }) = seen.get_mut(&path) else {
+            let bytes = [slot(record, 1)?, [0; SLOT_BYTES]].concat();
+            let file =
+                create_durably(&self.directory, &path, &bytes).map_err(|error| match error.kind() {
+                    std::io::ErrorKind::AlreadyExists => settled(record.session),
+                    _ => failed("write", &path, &error),
+                })?;
+            seen.insert(path, Seen { count: 1, file });
+            return Ok(());
         };
         file.lock().map_err(|e| failed("lock", &path, &e))?;
-        let (newest, count) = match read_slots(&path)? {
-            Some((at, count, _)) => (at, count),
-            None => (1, 0),
-        };
-        if count != seen {
-            return Err(settled(record.session));
-        }
-        let bytes = slot(record, count.saturating_add(1))?;
-        let overwrite = || -> std::io::Result<()> {
-            file.write_all_at(&bytes, ((1 - newest) * SLOT_BYTES) as u64)?;
-            file.sync_data()
-        };
-        overwrite().map_err(|e| failed("write", &path, &e))?;
-        self.seen.borrow_mut().insert(path, count.saturating_add(1));
+        let written = overwrite(file, &path, *count, record);
+        file.unlock().map_err(|e| failed("unlock", &path, &e))?;
+        *count = written?;
         Ok(())
     }
 
     fn read(&self, session: SessionId, side: Side) -> Result<Option<Record>, Reason> {
         let path = self.path(session, side);
-        let found = read_slots(&path)?;
-        Ok(found.map(|(_, count, record)| {
-            self.seen.borrow_mut().insert(path, count);
-            record
-        }))
+        let mut seen = self.seen.borrow_mut();
+        let file = match File::options().read(true).write(true).open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(failed("open", &path, &e)),
+        };
+        let (_, count, record) = newest(&file, &path)?;
+        seen.insert(path, Seen { count, file });
+        Ok(Some(record))
     }
 
     fn records(&self, machine: MachineId) -> Result<Vec<Record>, Reason> {
@@ -128,7 +173,30 @@ impl Ledger for FileLedger {
 }
 
 fn load(path: &Path) -> Result<Option<Record>, Reason> {
-    Ok(read_slots(path)?.map(|(_, _, record)| record))
+    match File::open(path) {
+        Ok(file) => newest(&file, path).map(|(_, _, record)| Some(record)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(failed("read", path, &e)),
+    }
+}
+
+/// The next version, if `count` is the newest. The file must be locked.
+fn overwrite(file: &File, path: &Path, count: u64, record: &Record) -> Result<u64, Reason> {
+    let (at, newest, _) = newest(file, path)?;
+    if newest != count || !is_there(file) {
+        return Err(settled(record.session));
+    }
+    let next = count.saturating_add(1);
+    let bytes = slot(record, next)?;
+    file.write_all_at(&bytes, ((1 - at) * SLOT_BYTES) as u64)
+        .and_then(|()| file.sync_data())
+        .map_err(|e| failed("write", path, &e))?;
+    Ok(next)
+}
+
+/// Whether an open record still has its name: what was removed does not come back under another inode.
+fn is_there(file: &File) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.nlink() > 0)
 }
 
 /// One version of a record: checksum, count, length, JSON.
@@ -161,17 +229,17 @@ fn open_slot(bytes: &[u8]) -> Option<(u64, Record)> {
 
 /// The newest whole version: which slot, its count, the record. A slot that was being written when the host
 /// crashed is not whole, and the other one counts; a file without any is damage, not absence.
-fn read_slots(path: &Path) -> Result<Option<(usize, u64, Record)>, Reason> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(failed("read", path, &e)),
-    };
-    let whole = bytes.chunks_exact(SLOT_BYTES).take(2).enumerate();
+fn newest(file: &File, path: &Path) -> Result<(usize, u64, Record), Reason> {
+    let mut bytes = Vec::new();
+    let mut from_start = file;
+    from_start
+        .seek(SeekFrom::Start(0))
+        .and_then(|_| from_start.take(2 * SLOT_BYTES as u64).read_to_end(&mut bytes))
+        .map_err(|e| failed("read", path, &e))?;
+    let whole = bytes.chunks_exact(SLOT_BYTES).enumerate();
     whole
         .filter_map(|(at, slot)| open_slot(slot).map(|(count, record)| (at, count, record)))
         .max_by_key(|(_, count, _)| *count)
-        .map(Some)
         .ok_or_else(|| Reason::new(Cause::Ledger, format!("{} is damaged", path.display())))
 }
 
@@ -183,19 +251,23 @@ fn settled(session: SessionId) -> Reason {
 }
 
 /// The same for a file that must not be there yet.
-fn create_durably(directory: &Path, path: &Path, bytes: &[u8]) -> Result<(), Reason> {
+fn create_durably(directory: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<File> {
     // A name of its own: two processes may begin the same record at once, and one of them must lose whole.
     let beside = path.with_extension(format!("{}.new", std::process::id()));
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&beside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        let linked = fs::hard_link(&beside, path);
-        fs::remove_file(&beside)?;
-        linked?;
-        File::open(directory)?.sync_all()
-    };
-    write().map_err(|e| failed("write", path, &e))
+    let mut options = File::options();
+    let mut file = options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&beside)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    let linked = fs::hard_link(&beside, path);
+    fs::remove_file(&beside)?;
+    linked?;
+    File::open(directory)?.sync_all()?;
+    Ok(file)
 }
 
 /// Beside, synced, renamed, and the directory synced: after a crash there is the old file or the new one.
@@ -221,7 +293,9 @@ fn failed(verb: &str, path: &Path, error: &std::io::Error) -> Reason {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handover::{Standing, answer_from_ledger, check_epoch, next_epoch};
+    use crate::handover::{
+        Departure, Standing, answer_from_ledger, check_epoch, next_epoch, settle_returned,
+    };
 
     fn record(session: u8, epoch: u64, side: Side, standing: Standing) -> Record {
         Record {
@@ -230,9 +304,12 @@ mod tests {
             epoch,
             side,
             standing,
-            peer: Some(LedgerId([9; 16])),
+            peer: Some(THERE),
+            heard: false,
         }
     }
+
+    const THERE: LedgerId = LedgerId([9; 16]);
 
     #[test]
     fn a_ledger_opened_again_is_the_same_ledger_with_the_same_records() {
@@ -360,15 +437,93 @@ mod tests {
     fn an_old_copy_of_a_machine_that_left_neither_leaves_again_nor_comes_in() {
         let gone = [record(1, 4, Side::Outgoing, Standing::Gone)];
         assert_eq!(next_epoch(&gone).unwrap_err().cause, Cause::Busy);
-        assert!(check_epoch(&gone, 4).is_err());
-        assert!(check_epoch(&gone, 5).is_ok());
+        assert!(check_epoch(&gone, THERE, 4).is_err());
+        assert_eq!(check_epoch(&gone, THERE, 5).unwrap(), []);
         let back = [gone[0].clone(), record(2, 5, Side::Incoming, Standing::Taken)];
         assert_eq!(next_epoch(&back).unwrap(), 6);
-        assert!(check_epoch(&back, 5).is_err());
-        let doubt = [record(3, 6, Side::Outgoing, Standing::GivenAway)];
-        assert!(next_epoch(&doubt).is_err());
-        assert!(check_epoch(&doubt, 7).is_err());
+        assert!(check_epoch(&back, THERE, 5).is_err());
         let kept = [record(3, 6, Side::Outgoing, Standing::Kept)];
         assert_eq!(next_epoch(&kept).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_doubt_is_settled_by_the_machine_that_comes_back_from_where_it_went_and_by_no_other() {
+        let room = tempfile::tempdir().unwrap();
+        let open = || FileLedger::open(room.path(), LedgerId([1; 16])).unwrap();
+        let (mut ledger, mut doubtful) = (open(), open());
+        let doubt = record(3, 6, Side::Outgoing, Standing::GivenAway);
+        doubtful.write(&doubt).unwrap();
+        let records = ledger.records(doubt.machine).unwrap();
+        assert!(next_epoch(&records).is_err());
+        // An old copy, and one that has been elsewhere since.
+        assert!(check_epoch(&records, THERE, 6).is_err());
+        assert!(check_epoch(&records, LedgerId([8; 16]), 7).is_err());
+        let settled = check_epoch(&records, THERE, 7).unwrap();
+        assert_eq!(settled, std::slice::from_ref(&doubt));
+        settle_returned(&mut ledger, settled.clone()).unwrap();
+        let known = ledger.read(doubt.session, Side::Outgoing).unwrap().unwrap();
+        assert_eq!(known.standing, Standing::Gone);
+        // The process that still has the copy can neither take it back nor find anything to settle.
+        let mut departure = Departure::reopen(&doubt).unwrap();
+        assert!(departure.heard(&mut doubtful, THERE, false).is_err());
+        assert!(settle_returned(&mut open(), settled).is_err());
+        assert_eq!(check_epoch(&[known], THERE, 7).unwrap(), []);
+    }
+
+    #[test]
+    fn only_records_that_nothing_needs_go_and_the_newest_of_them_stay() {
+        let room = tempfile::tempdir().unwrap();
+        let open = || FileLedger::open(room.path(), LedgerId([1; 16])).unwrap();
+        let mut ledger = open();
+        let heard = |mut record: Record| {
+            record.heard = true;
+            record
+        };
+        let needed = [
+            record(1, 1, Side::Outgoing, Standing::GivenAway),
+            // The other side may still ask.
+            record(2, 2, Side::Incoming, Standing::Taken),
+            // The last word on the machine.
+            heard(record(7, 7, Side::Incoming, Standing::Taken)),
+        ];
+        let needless = [
+            record(3, 3, Side::Outgoing, Standing::Gone),
+            heard(record(4, 4, Side::Incoming, Standing::Taken)),
+            record(5, 8, Side::Outgoing, Standing::Kept),
+            record(6, 9, Side::Incoming, Standing::Declined),
+        ];
+        for record in needed.iter().chain(&needless) {
+            ledger.write(record).unwrap();
+        }
+        let now = SystemTime::now();
+        assert_eq!(ledger.prune(now).unwrap(), 0, "all are young and few");
+        // The age decides, and the number.
+        assert_eq!(ledger.prune_to(now, KEEP_FOR, 3).unwrap(), 1);
+        let later = now + KEEP_FOR + Duration::from_secs(60);
+        assert_eq!(ledger.prune(later).unwrap(), 3);
+        let mut left = ledger.all().unwrap();
+        left.sort_by_key(|record| record.epoch);
+        assert_eq!(left, needed);
+        assert_eq!(next_epoch(&left).unwrap(), 8);
+    }
+
+    #[test]
+    fn a_record_that_was_removed_and_begun_anew_is_not_taken_for_the_one_that_was_read() {
+        let room = tempfile::tempdir().unwrap();
+        let open = || FileLedger::open(room.path(), LedgerId([1; 16])).unwrap();
+        let (mut waits, mut asked) = (open(), open());
+        let built = record(5, 3, Side::Incoming, Standing::Declined);
+        waits.write(&built).unwrap();
+        let later = SystemTime::now() + KEEP_FOR * 2;
+        assert_eq!(asked.prune(later).unwrap(), 1);
+        let mut taken = built.clone();
+        taken.standing = Standing::Taken;
+        assert!(waits.write(&taken).is_err(), "it is not there");
+        // Another process answers that it never will be taken, in a new file with the same count.
+        assert_eq!(
+            answer_from_ledger(&mut asked, built.session).unwrap(),
+            Standing::Declined
+        );
+        assert!(waits.write(&taken).is_err(), "it was settled");
     }
 }

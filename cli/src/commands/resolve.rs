@@ -26,9 +26,10 @@ const STALL: Duration = Duration::from_secs(10);
 /// whether the machine runs there. It stays stopped here, whole. This command asks the receiver that the machine went to; any
 /// `ferry receive` of that host answers, also one that was started since. What it says decides: the machine ends here, or it
 /// runs on here and never there. Only if nobody can be asked, or the answer proves nothing, your own word counts (--here,
-/// --there).
+/// --there). If the machine is sent back here from where it went, nothing needs to be settled: that says enough.
 ///
-/// Without a name: what this host's ledger says of crossings that nobody confirmed, and of machines that came.
+/// Without a name: what this host's ledger says of crossings that nobody confirmed, and of machines that came. What is settled
+/// and needed for nothing is kept for 30 days, and no more than 1000 crossings of it.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  \
     ferry resolve                              # what this host's ledger says\n  \
@@ -216,6 +217,7 @@ fn sentence(record: &Record) -> String {
         side: _,
         standing,
         peer: _,
+        heard: _,
     } = record;
     let what = match standing {
         Standing::GivenAway => "was given away by this host and nobody confirmed it; ask the other host",

@@ -296,7 +296,12 @@ impl Loaded {
                     Message::Running { took }
                 };
                 let reply = Reply::of(answer.clone());
-                Ok((Incoming::Running(Running { session, answer }), reply))
+                let running = Running {
+                    session,
+                    arrival: copying.arrival,
+                    answer,
+                };
+                Ok((Incoming::Running(running), reply))
             }
             Err(reason) => {
                 room.machine.abort();

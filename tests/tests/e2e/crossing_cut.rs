@@ -1,7 +1,7 @@
 //! The link is cut at every message, in both directions: afterwards exactly one machine runs, or both stand still and
 //! say so and `ferry resolve` settles it by the other side's word; nothing is damaged, and the next try works.
 
-use ferry_tests::crossing::{Evidence, Receiver, migrate, runs_at, start, state_at};
+use ferry_tests::crossing::{Evidence, Receiver, migrate, pair, runs_at, start, state_at};
 use ferry_tests::host::{Host, Ran, skip_without_kvm};
 use ferry_tests::proxy::Proxy;
 use ferry_tests::relay::{Act, Point, Relay};
@@ -180,4 +180,48 @@ fn a_broken_link_that_comes_back_carries_the_crossing_to_its_end() {
             });
         }
     }
+}
+
+/// The link is cut when it runs there and nobody has heard that here; then it is sent back.
+#[test]
+fn a_machine_comes_back_to_the_host_that_never_heard_that_it_had_left() {
+    let Some((here, there, mut guest)) = pair(WORK, &["--memory", "64M"]) else {
+        return;
+    };
+    let serial = there.file("there.serial");
+    let receiver = Receiver::start(&there, &serial, &[]);
+    let relay = Relay::at(receiver.port(), Point::first("Awake"), Act::CutBefore, true);
+    let ran = migrate(&here, "m", &relay.address, &ONCE);
+    assert!(ran.code == 1 && ran.stderr.contains("ferry resolve"), "{ran:?}");
+    assert_eq!(state_at(&here, "m").as_deref(), Some("paused"));
+    let copy = here.entry("m").unwrap().pid;
+    guest.then(serial);
+    guest.beats_on(2);
+    // A question changes nothing: the doubt stays.
+    let serial = here.file("back.serial");
+    let back = Receiver::start(&here, &serial, &[]);
+    let asked = migrate(&there, "m", &back.address, &["--dry-run"]).success();
+    assert!(asked.stdout.contains("would take m"), "{asked:?}");
+    assert_eq!(here.entry("m").unwrap().pid, copy);
+    assert!(
+        here.ferry(["resolve"])
+            .success()
+            .stdout
+            .contains("nobody confirmed")
+    );
+    // It comes; the copy that stood still here has made room for it and is never set going again.
+    migrate(&there, "m", &back.address, &["--verify"]).success();
+    guest.then(serial);
+    assert!(runs_at(&here, "m"));
+    assert_ne!(here.entry("m").unwrap().pid, copy);
+    guest.swept();
+    let known = here.ferry(["resolve"]).success().stdout;
+    assert!(!known.contains("nobody confirmed"), "{known}");
+    // And it leaves again.
+    there.wait_until("nothing is left there", || there.entry("m").is_none());
+    let serial = there.file("again.serial");
+    let receiver = Receiver::start(&there, &serial, &[]);
+    migrate(&here, "m", &receiver.address, &[]).success();
+    guest.then(serial);
+    guest.swept();
 }

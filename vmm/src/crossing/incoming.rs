@@ -13,6 +13,7 @@ use ferry_migration::machine::{IncomingMachine, Offer};
 use super::card::Description;
 use super::images::Images;
 use super::limits::{self, Allowed, Room};
+use super::returning::{make_room, old_copy};
 use super::{DiskSink, Library, MemorySink, Region};
 use crate::config::{DiskFormat, MachineConfig, SerialTarget};
 use crate::cpu::description::{HostFeatures, compatible};
@@ -151,6 +152,7 @@ impl IncomingMachine for Arriving {
             .base
             .entry(&name)
             .is_ok_and(|entry| entry.is_some_and(|entry| entry.pid.is_some()))
+            && old_copy(&self.reception.base, &name, offer.card.machine).is_none()
         {
             return Err(Reason::new(
                 Cause::Busy,
@@ -178,10 +180,12 @@ impl IncomingMachine for Arriving {
     fn prepare(&mut self, offer: &Offer) -> Result<Vec<Arc<dyn Sink>>, Reason> {
         let description = Description::of(offer)?;
         let config = self.config_here(&description);
+        let name = self.name(offer)?;
+        make_room(&self.reception.base, &name, offer.card.machine)?;
         let dir = self
             .reception
             .base
-            .claim(&self.name(offer)?)
+            .claim(&name)
             .map_err(|error| Reason::new(Cause::Busy, error.to_string()))?;
         let library = match &self.reception.base_image {
             Some(path) => Some(Arc::new(

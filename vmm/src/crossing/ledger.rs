@@ -1,6 +1,7 @@
 //! What must survive a crash of a crossing: who may run which machine, and the reports of what happened.
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use ferry_migration::handover::LedgerId;
 use ferry_migration::ledger::FileLedger;
@@ -11,10 +12,14 @@ use crate::error::{MachineError, Result};
 use crate::name::Name;
 use crate::rundir::Base;
 
-/// The ledger of this host (of this runtime directory, where one was named).
+/// The ledger of this host (of this runtime directory, where one was named), without records that nothing needs.
 pub fn open(base: &Base) -> Result<FileLedger> {
-    FileLedger::open(&base.state_dir().join("ledger"), LedgerId(random()?))
-        .map_err(|error| MachineError::Host(error.to_string()))
+    let ledger = FileLedger::open(&base.state_dir().join("ledger"), LedgerId(random()?))
+        .map_err(|error| MachineError::Host(error.to_string()))?;
+    if let Err(error) = ledger.prune(SystemTime::now()) {
+        tracing::warn!("old records stay in the ledger: {error}");
+    }
+    Ok(ledger)
 }
 
 fn reports(base: &Base) -> PathBuf {

@@ -21,6 +21,7 @@ mod pipe;
 mod region;
 pub mod rehearse;
 pub mod request;
+mod returning;
 pub mod settle;
 
 pub use disk_sink::{DiskSink, Library};
