@@ -36,6 +36,8 @@ pub enum Whereabouts {
     There,
     /// It was handed over and nobody confirmed: neither side may run it until `resolve` settles it.
     Unknown,
+    /// It ended by itself while it crossed, at the outgoing side: nothing of it runs anywhere.
+    Ended,
 }
 
 /// The kind of failure, for programs; the message is for people. The numbers are on the wire.
@@ -91,6 +93,7 @@ impl Failure {
         match (self.whereabouts, self.cause) {
             (Whereabouts::Unknown, _) => "ask the other host and settle it with `ferry resolve`",
             (Whereabouts::There, _) => "look at the other host",
+            (Whereabouts::Ended, _) => "see the logs of that host, and start it again where you want it",
             (_, Cause::Link | Cause::Stalled) => "check the link and try again",
             (_, Cause::Version | Cause::Protocol) => "use the same version of ferry on both hosts",
             (_, Cause::Damaged) => "try again, and check the memory and the link of both hosts",
@@ -112,6 +115,7 @@ impl std::fmt::Display for Failure {
         let place = match self.whereabouts {
             Whereabouts::Here => "the machine is here",
             Whereabouts::There => "the machine is at the other side",
+            Whereabouts::Ended => "the machine has ended here and runs nowhere",
             Whereabouts::Unknown => "both sides are stopped until it is known who has the machine",
         };
         write!(f, "{}; {place}; {}", self.message, self.advice())

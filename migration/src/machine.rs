@@ -47,6 +47,11 @@ pub trait OutgoingMachine: Send {
     /// its user) ends the crossing with that reason. Called often; must be cheap.
     fn check(&mut self) -> Result<(), Reason>;
 
+    /// Whether the guest has ended by itself: there is nothing left to run, here or elsewhere.
+    fn has_ended(&self) -> bool {
+        false
+    }
+
     /// Slows all vCPUs: they run `100 - percent` percent of the time. 0 ends throttling.
     fn throttle(&mut self, percent: u8) -> Result<(), Reason>;
 

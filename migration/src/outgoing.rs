@@ -201,7 +201,7 @@ impl<'a> Crossing<'a> {
                     let took = self.mark();
                     self.report.downtime.resume += took;
                 }
-                failure.whereabouts = Whereabouts::Here;
+                failure.whereabouts = self.whereabouts();
                 // It runs again; now there is time for the book.
                 let noted = match self.departure.as_mut() {
                     Some(departure) => departure.step_back(self.world.ledger),
@@ -213,14 +213,16 @@ impl<'a> Crossing<'a> {
                         failure.message
                     );
                 }
-                if let Err(reason) = resumed.and(eased) {
+                if let Err(reason) = resumed.and(eased)
+                    && failure.whereabouts == Whereabouts::Here
+                {
                     failure.message = format!(
                         "{}; the machine could not be set going again: {reason}",
                         failure.message
                     );
                 }
             }
-            None if self.departure.is_none() => failure.whereabouts = Whereabouts::Here,
+            None if self.departure.is_none() => failure.whereabouts = self.whereabouts(),
             None => {
                 drop(self.custody.take());
                 self.cargo.iter().for_each(|cargo| cargo.source.stop_tracking());
@@ -231,6 +233,14 @@ impl<'a> Crossing<'a> {
         Outcome {
             whereabouts: failure.whereabouts,
             failure: Some(failure),
+        }
+    }
+
+    /// Of a machine that was not given away.
+    fn whereabouts(&self) -> Whereabouts {
+        match self.world.machine.has_ended() {
+            true => Whereabouts::Ended,
+            false => Whereabouts::Here,
         }
     }
 

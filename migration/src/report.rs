@@ -290,6 +290,7 @@ impl Outcome {
             (Some(failure), _) => failure.to_string(),
             (None, Whereabouts::There) => "the machine is at the other side".into(),
             (None, Whereabouts::Here) => "the machine is here".into(),
+            (None, Whereabouts::Ended) => "the machine has ended here and runs nowhere".into(),
             (None, Whereabouts::Unknown) => "nobody knows where the machine is".into(),
         }
     }

@@ -285,6 +285,7 @@ fn cancel_at_every_event_of_a_crossing() {
                 there += 1;
             }
             Whereabouts::Unknown => panic!("cancelled into doubt"),
+            Whereabouts::Ended => panic!("nobody ended it"),
         }
         if u64::try_from(observer.seen.lock().unwrap().len()).unwrap() < at {
             break;

@@ -134,6 +134,7 @@ fn check(stage: &mut Stage, report: &Report, disaster: Disaster, lanes: u16) {
             assert!(stage.outgoing.blocks.iter().all(|block| !block.is_tracking()));
             second_try(stage, lanes);
         }
+        Whereabouts::Ended => unreachable!("nobody ended it"),
         Whereabouts::Unknown => {
             assert_eq!(stage.outgoing.stand, Stand::Stranded);
             assert_eq!(ours, Some(Standing::GivenAway));
@@ -186,6 +187,7 @@ fn sweep(lanes: u16, disaster: Disaster) {
                 match report.outcome.whereabouts {
                     Whereabouts::There => there += 1,
                     Whereabouts::Here => here += 1,
+                    Whereabouts::Ended => unreachable!("nobody ended it"),
                     Whereabouts::Unknown => doubt += 1,
                 }
             }

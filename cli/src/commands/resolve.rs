@@ -174,6 +174,7 @@ fn conclude(name: &str, settled: Settled, word: Option<bool>, here: &str, destin
             "{name} is at the other side, whatever you say: {evidence}; here it has ended"
         )),
         Whereabouts::Here => say!("{here}: {evidence}"),
+        Whereabouts::Ended => say!("{name} has ended: {evidence}"),
         Whereabouts::There => say!("{name} is at the other side: {evidence}; here it has ended"),
         Whereabouts::Unknown => {
             let at = match destination {

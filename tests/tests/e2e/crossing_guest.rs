@@ -1,20 +1,18 @@
 //! What the guest or its user does while it crosses: pausing, resuming, ending. Nobody can set a machine going here in the
 //! switch, a paused machine arrives paused, and one that ends is not carried away.
 
-use ferry_tests::crossing::{Receiver, begin, migrate, runs_at, start, state_at};
+use ferry_tests::crossing::{Receiver, begin, migrate, pair, runs_at, start, state_at};
 use ferry_tests::host::{Host, PATIENCE, finish, skip_without_kvm};
 use ferry_tests::relay::{Act, Point, Relay};
+use ferry_tests::schema::violations;
 
 const WORK: &str = "work=allocator memory=4M rate=500";
 
 #[test]
 fn nobody_sets_a_machine_going_in_its_switch() {
-    if skip_without_kvm() {
+    let Some((here, there, mut guest)) = pair(WORK, &["--memory", "64M"]) else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let mut guest = start(&here, "m", WORK, &["--memory", "64M"]);
-    guest.wait_for_line("ready");
+    };
     let serial = there.file("there.serial");
     let receiver = Receiver::start(&there, &serial, &[]);
     // Everything has been copied: an instruction more here, and the two would part.
@@ -59,12 +57,9 @@ fn a_machine_that_is_killed_while_it_crosses_does_not_go_on_at_the_other_side() 
 
 #[test]
 fn a_machine_that_its_user_pauses_while_it_crosses_stays_paused_here() {
-    if skip_without_kvm() {
+    let Some((here, there, mut guest)) = pair(WORK, &["--memory", "64M"]) else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let mut guest = start(&here, "m", WORK, &["--memory", "64M"]);
-    guest.wait_for_line("ready");
+    };
     let receiver = Receiver::start(&there, &there.file("paused"), &[]);
     let relay = Relay::at(receiver.port(), Point::first("RoundEnd"), Act::Hold, false);
     let crossing = begin(&here, "m", &relay.address, &["--compress", "off"]);
@@ -97,11 +92,9 @@ fn a_machine_that_its_user_pauses_while_it_crosses_stays_paused_here() {
 
 #[test]
 fn a_paused_machine_that_is_resumed_while_it_crosses_runs_here() {
-    if skip_without_kvm() {
+    let Some((here, there, guest)) = pair(WORK, &["--memory", "64M"]) else {
         return;
-    }
-    let (here, there) = (Host::new(), Host::new());
-    let guest = start(&here, "m", WORK, &["--memory", "64M"]);
+    };
     here.ferry(["pause", "m"]).success();
     let receiver = Receiver::start(&there, &there.file("there.serial"), &[]);
     let relay = Relay::at(receiver.port(), Point::first("RoundEnd"), Act::Hold, false);
@@ -139,14 +132,27 @@ fn a_guest_that_ends_while_it_crosses_is_ended_here_and_is_nowhere_else() {
         let work = format!("work=allocator memory=32M rate=4000 {end}");
         start(&here, "m", &work, &["--memory", "128M"]);
         let receiver = Receiver::start(&there, &there.file("there.serial"), &[]);
-        let slow = ["--bandwidth", "8MB", "--compress", "off", "--downtime", "1ms"];
-        let ran = migrate(&here, "m", &receiver.address, &slow);
+        let mut words = vec!["--bandwidth", "8MB", "--compress", "off", "--downtime", "1ms"];
+        words.extend(["--report", "report.json"]);
+        let ran = migrate(&here, "m", &receiver.address, &words);
         assert!(
             ran.code == 1
                 && ran.stderr.contains("the machine ended while it crossed")
-                && ran.stderr.contains(said),
+                && ran.stderr.contains(said)
+                && ran.stderr.contains("the machine has ended here and runs nowhere")
+                && !ran.stderr.contains("the machine is here"),
             "{end}: {ran:?}"
         );
+        let report = std::fs::read_to_string(here.file("report.json")).unwrap();
+        let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+        assert_eq!(report["outcome"]["whereabouts"], "ended", "{end}");
+        let schema = include_str!("../../../docs/report.schema.json");
+        assert_eq!(
+            violations(&serde_json::from_str(schema).unwrap(), &report),
+            [""; 0]
+        );
+        let shown = here.ferry(["report", "report.json"]).success().stdout;
+        assert!(shown.contains("has ended here and runs nowhere"), "{shown}");
         let (code, what) = receiver.end();
         assert_eq!(code, 1, "{end}: {what}");
         assert!(there.remains().is_empty());

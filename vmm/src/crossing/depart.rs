@@ -166,6 +166,8 @@ impl Crossings {
         match settled.whereabouts {
             Whereabouts::Unknown => return Ok(Some(settled)),
             Whereabouts::There => machine.stop(StopReason::HandedOver)?,
+            // Settling says this of no machine.
+            Whereabouts::Ended => {}
             Whereabouts::Here => {
                 machine.set_throttle(0);
                 take_back(machine).map_err(|reason| MachineError::Host(reason.to_string()))?;

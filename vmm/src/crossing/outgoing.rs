@@ -195,6 +195,10 @@ impl OutgoingMachine for Leaving {
         Err(Reason::new(Cause::Machine, sentence))
     }
 
+    fn has_ended(&self) -> bool {
+        self.machine.state().is_final()
+    }
+
     fn throttle(&mut self, percent: u8) -> Result<(), Reason> {
         self.machine.set_throttle(percent);
         self.throttle.set(percent);
