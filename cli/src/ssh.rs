@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -107,12 +108,36 @@ impl Drop for Tunnel {
         // Whoever still waits in accept is let go.
         let _ = UnixStream::connect(self.socket());
         let _ = std::fs::remove_dir_all(&self.dir);
+        // What was said last arrives: the receiver there lets go of the pipe when it has heard it. (ssh itself stays as long
+        // as the receiver's process, and that is the machine's.)
+        let done = |ssh: &mut Child, relay: &Option<JoinHandle<()>>| {
+            !matches!(ssh.try_wait(), Ok(None)) || relay.as_ref().is_none_or(JoinHandle::is_finished)
+        };
+        within(GRACE, || done(&mut self.ssh, &self.relay));
         let _ = self.ssh.kill();
         let _ = self.ssh.wait();
-        if let Some(relay) = self.relay.take() {
+        // Something that ssh started (a command that leads to the host, a shared connection) may live on and hold its
+        // pipes open. Nobody waits for that: the thread ends with this process.
+        if let Some(relay) = self.relay.take()
+            && within(GRACE, || relay.is_finished())
+        {
             let _ = relay.join();
         }
     }
+}
+
+/// How long what should end by itself may take.
+const GRACE: Duration = Duration::from_secs(3);
+
+fn within(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let begun = Instant::now();
+    while !done() {
+        if begun.elapsed() > limit {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
 }
 
 fn private_dir() -> Result<PathBuf> {
@@ -194,22 +219,23 @@ mod tests {
         assert_eq!(shell_word(Path::new("/a b/it's")), r"'/a b/it'\''s'");
     }
 
-    #[test]
-    fn bytes_go_both_ways_and_the_end_leaves_nothing() {
-        // `sh` in place of ssh: the words for ssh come as arguments, the last one is the receiver's command.
-        let dir = tempfile::tempdir().unwrap();
-        let program = dir.path().join("ssh");
-        std::fs::write(
-            &program,
-            "#!/bin/sh\nfor last; do :; done\nexec sh -c \"$last\"\n",
-        )
-        .unwrap();
+    /// `sh` in place of ssh: the words for ssh come as arguments, the last one is the receiver's command.
+    fn tunnel(dir: &Path, script: &str) -> Tunnel {
+        let program = dir.join("ssh");
+        let script = format!("#!/bin/sh\nfor last; do :; done\n{script}\n");
+        std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let to = SshDestination {
             host: "beta".into(),
             port: Some(1),
         };
-        let tunnel = Tunnel::open(program.to_str().unwrap(), &to, "tr a-z A-Z").unwrap();
+        Tunnel::open(program.to_str().unwrap(), &to, "tr a-z A-Z").unwrap()
+    }
+
+    #[test]
+    fn bytes_go_both_ways_and_the_end_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let tunnel = tunnel(dir.path(), "exec sh -c \"$last\"");
         let socket = tunnel.socket();
         let mut near = UnixStream::connect(&socket).unwrap();
         near.write_all(b"ferry").unwrap();
@@ -219,5 +245,30 @@ mod tests {
         assert_eq!(answer, "FERRY");
         drop(tunnel);
         assert!(!socket.exists());
+    }
+
+    #[test]
+    fn what_ssh_leaves_behind_or_an_ssh_that_does_not_end_is_not_waited_for() {
+        for script in [
+            // Holds the pipes open for much longer than ssh lives.
+            "sleep 60 & echo $! > ${0}.pid; exec sh -c \"$last\"",
+            // Does not mind that nothing more will come.
+            "echo $$ > ${0}.pid; exec sleep 60",
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let tunnel = tunnel(dir.path(), script);
+            let near = UnixStream::connect(tunnel.socket()).unwrap();
+            let pid = dir.path().join("ssh.pid");
+            assert!(within(Duration::from_secs(30), || {
+                std::fs::read_to_string(&pid).is_ok_and(|text| text.ends_with('\n'))
+            }));
+            let begun = Instant::now();
+            drop(near);
+            drop(tunnel);
+            assert!(begun.elapsed() < Duration::from_secs(30), "{script}");
+            let _ = Command::new("kill")
+                .arg(std::fs::read_to_string(&pid).unwrap().trim())
+                .status();
+        }
     }
 }

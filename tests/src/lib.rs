@@ -8,3 +8,4 @@ pub mod nested;
 pub mod proxy;
 pub mod relay;
 pub mod schema;
+pub mod shell;

@@ -20,6 +20,7 @@ mod crossing_guest;
 mod crossing_refused;
 mod crossing_ring;
 mod crossing_soak;
+mod crossing_ssh;
 mod detach;
 mod ends;
 mod forecast;
