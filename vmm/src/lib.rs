@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod crossing;
 mod devices;
 pub mod error;
+pub mod image;
 pub mod interrupts;
 pub mod kvm;
 pub mod layout;

@@ -1,9 +1,11 @@
 //! `ferry load`: asks a service as its users would and records what they felt; checks what a guest wrote to its disk.
 //!
-//! As a library: [`generator::Load`] runs a load in the background, [`journal::check`] reads a journal.
+//! As a library: [`generator::Load`] runs a load in the background, [`journal::check`] and [`database::check`] read a disk.
 
 pub mod arrivals;
+mod blocks;
 mod calc;
+pub mod database;
 pub mod generator;
 mod http;
 pub mod journal;
@@ -26,7 +28,7 @@ use crate::output;
 use crate::say;
 use generator::{Load, Plan, Service};
 
-/// Ask a service as its users would and record latencies, missed deadlines and gaps; or check a guest's journal.
+/// Ask a service as its users would and record latencies, missed deadlines and gaps; or check what a guest wrote to its disk.
 ///
 /// Requests come as a Poisson process, whether or not earlier ones were answered, and latency counts from the moment
 /// at which a request was due. The same seed gives the same arrivals.
@@ -35,7 +37,8 @@ use generator::{Load, Plan, Service};
     after_help = "Examples:\n  ferry load http http://192.0.2.2/ --rate 20 --deadline 300ms --for 30s\n  \
                         ferry load calc udp:192.0.2.2:7 --rate 200\n  \
                         ferry load probe icmp:192.0.2.2 --period 10ms\n  \
-                        ferry load journal disk.img --acked 4711"
+                        ferry load journal disk.img --acked 4711\n  \
+                        ferry load database disk.qcow2 --committed 180352"
 )]
 pub struct LoadArgs {
     #[command(subcommand)]
@@ -48,6 +51,7 @@ pub enum What {
     Calc(CalcArgs),
     Probe(ProbeArgs),
     Journal(JournalArgs),
+    Database(DatabaseArgs),
 }
 
 #[derive(Debug, Clone, Args)]
@@ -118,11 +122,24 @@ pub struct ProbeArgs {
 /// Check the journal that the built-in guest (work=disk) wrote: nothing acknowledged may be missing.
 #[derive(Debug, Args)]
 pub struct JournalArgs {
-    /// A raw disk image or a block device
+    /// A disk image, raw or qcow2, or a block device
     pub image: PathBuf,
     /// The highest record that the guest reported as acknowledged; without it the journal's own word is taken
     #[arg(long, value_name = "N")]
     pub acked: Option<u64>,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Check the database that the built-in guest (work=database) kept: rows and log are sound, nothing committed is missing.
+#[derive(Debug, Args)]
+pub struct DatabaseArgs {
+    /// A disk image, raw or qcow2, or a block device
+    pub image: PathBuf,
+    /// The most updates that the guest reported as committed; without it the database's own word is taken
+    #[arg(long, value_name = "N")]
+    pub committed: Option<u64>,
     /// One JSON object
     #[arg(long)]
     pub json: bool,
@@ -141,6 +158,7 @@ pub fn run(args: &LoadArgs) -> Result<()> {
         What::Calc(args) => run_load(calc_service(&args.target, args.connections)?, &args.pace),
         What::Probe(args) => run_probe(args),
         What::Journal(args) => run_journal(args),
+        What::Database(args) => run_database(args),
     }
 }
 
@@ -322,5 +340,41 @@ fn run_journal(args: &JournalArgs) -> Result<()> {
         report.missing,
         numbers.join(", "),
         report.misplaced
+    )
+}
+
+fn run_database(args: &DatabaseArgs) -> Result<()> {
+    let report = database::check(&args.image, args.committed)?;
+    let name = args.image.display();
+    if args.json {
+        say!("{}", json_line("database", &report)?)?;
+    } else {
+        say!(
+            "{name}: {} of {} rows are sound; {} updates are committed, the last {} blocks of them in the log of epoch {}",
+            report.rows - report.damaged,
+            report.rows,
+            report.committed,
+            report.log_blocks,
+            report.epoch
+        )?;
+    }
+    if report.is_whole() {
+        return Ok(());
+    }
+    let rows: Vec<String> = report.damaged_rows.iter().map(u64::to_string).collect();
+    let first = if rows.is_empty() {
+        "none".to_owned()
+    } else {
+        rows.join(", ")
+    };
+    bail!(
+        "the database of {name} is damaged: {} rows are not sound (first: {first}), {} are older than the log, {} updates are \
+         impossible, {} blocks of the log lie beyond a hole, and {} of {} committed updates are there",
+        report.damaged,
+        report.outdated,
+        report.impossible,
+        report.beyond_a_hole,
+        report.committed.min(report.demanded),
+        report.demanded
     )
 }

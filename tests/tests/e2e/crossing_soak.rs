@@ -190,5 +190,7 @@ fn a_machine_under_all_loads_crosses_back_and_forth_and_nothing_grows() {
     guest.sound();
     assert!(bridge.as_ref().is_none_or(|bridge| bridge.interfaces() == 0));
     let image = from.file("images/disk.img");
-    from.ferry(["load", "journal", image.to_str().unwrap()]).success();
+    for what in ["journal", "database"] {
+        from.ferry(["load", what, image.to_str().unwrap()]).success();
+    }
 }

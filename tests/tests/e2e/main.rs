@@ -25,6 +25,7 @@ mod detach;
 mod ends;
 mod forecast;
 mod house;
+mod load;
 mod names;
 mod nested;
 mod pause;
