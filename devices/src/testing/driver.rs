@@ -15,6 +15,7 @@ const BUFFERS_END: u64 = 5 << 20;
 
 pub(crate) const STATUS: u64 = 0x14;
 pub(crate) const QUEUE_SELECT: u64 = 0x16;
+const QUEUE_RESET: u64 = 0x3a;
 
 /// A piece of memory for a request.
 #[derive(Debug, Clone, Copy)]
@@ -106,7 +107,8 @@ impl Driver {
             common(0, half, 4);
             offered |= guest.read(self.common + 4, 4) << (32 * half);
         }
-        self.features = offered & (wanted | 1 << 32);
+        // The transport's own: VERSION_1 and RING_RESET.
+        self.features = offered & (wanted | 1 << 32 | 1 << 40);
         for half in 0..2 {
             common(8, half, 4);
             common(0xc, self.features >> (32 * half), 4);
@@ -141,6 +143,37 @@ impl Driver {
             0xf,
             "the device did not start"
         );
+    }
+
+    /// Takes a queue out of use, as a driver does that changes its size.
+    pub(crate) fn reset_queue(&mut self, guest: &Guest, index: u16) {
+        let common = |offset, value, len| guest.write(self.common + offset, value, len);
+        common(QUEUE_SELECT, u64::from(index), 2);
+        common(QUEUE_RESET, 1, 2);
+        assert_eq!(
+            guest.read(self.common + QUEUE_RESET, 2),
+            0,
+            "it is still being reset"
+        );
+        assert_eq!(guest.read(self.common + 0x1c, 2), 0, "it is still enabled");
+    }
+
+    /// Sets a queue up anew, with empty rings of half its size in the same place.
+    pub(crate) fn add_queue(&mut self, guest: &Guest, index: u16) {
+        let common = |offset, value, len| guest.write(self.common + offset, value, len);
+        common(QUEUE_SELECT, u64::from(index), 2);
+        let size = (guest.read(self.common + 0x18, 2) / 2).max(4);
+        common(0x18, size, 2);
+        let mut ring = self.queues[usize::from(index)].desc;
+        let queue = DriverQueue::new(guest, size as u16, &mut ring);
+        for (offset, value) in [(0x20, queue.desc), (0x28, queue.avail), (0x30, queue.used)] {
+            common(offset, value & 0xffff_ffff, 4);
+            common(offset + 4, value >> 32, 4);
+        }
+        common(0x1a, u64::from(index) + 1, 2);
+        common(0x1c, 1, 2);
+        assert_eq!(guest.read(self.common + 0x1c, 2), 1, "it was not enabled");
+        self.queues[usize::from(index)] = queue;
     }
 
     pub(crate) fn status(&self, guest: &Guest) -> u8 {

@@ -61,6 +61,11 @@ macro_rules! suspendable_virtio_tests {
             }
 
             #[test]
+            fn each_of_its_queues_is_reset_alone() {
+                suspendable::queue_resets::<$bench>();
+            }
+
+            #[test]
             fn all_its_writes_are_tracked() {
                 suspendable::writes_tracked::<$bench>();
             }
@@ -213,6 +218,40 @@ pub(crate) fn resets<B: Bench>() {
         std::thread::sleep(Duration::from_millis(1));
         assert!(before == memory.contents(), "memory changed after a reset");
         bench.forget();
+    }
+    assert!(!died.load(Ordering::SeqCst));
+}
+
+/// Each queue alone, then all one after the other, with a crossing while one is away.
+pub(crate) fn queue_resets<B: Bench>() {
+    let Some(mut bench) = B::new() else { return };
+    let memory = Memory::new();
+    let (mut machine, mut died) = guest(&mut bench, &memory);
+    let mut driver = Driver::probe(&machine, bench.wanted());
+    for round in 0..4 {
+        bench.submit(&machine, &mut driver);
+        bench.complete(&machine, &mut driver);
+        let queues = driver.queues.len() as u16;
+        for index in 0..queues {
+            driver.reset_queue(&machine, index);
+            let before = memory.contents();
+            driver.kick(&machine, index);
+            std::thread::sleep(Duration::from_millis(1));
+            assert!(
+                before == memory.contents(),
+                "queue {index} is served although it was reset"
+            );
+            assert_eq!(driver.status(&machine), 0xf, "queue {index}");
+            if (round + index) % 2 == 1 {
+                (machine, died) = cross(&mut bench, machine, &died);
+                assert_eq!(driver.status(&machine), 0xf, "queue {index}");
+            }
+            driver.add_queue(&machine, index);
+            assert_eq!(driver.status(&machine), 0xf, "queue {index}");
+        }
+        bench.forget();
+        bench.submit(&machine, &mut driver);
+        bench.complete(&machine, &mut driver);
     }
     assert!(!died.load(Ordering::SeqCst));
 }

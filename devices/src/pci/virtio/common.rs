@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
-    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
 };
 
 use super::interrupts::Interrupts;
@@ -21,6 +21,8 @@ const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
 const STATUS_BITS: u8 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
 pub(super) const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 
+const RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
+
 const LEN: usize = 0x40;
 const DEVICE_FEATURE_SELECT: u64 = 0x00;
 const DRIVER_FEATURE_SELECT: u64 = 0x08;
@@ -34,8 +36,9 @@ const QUEUE_ENABLE: u64 = 0x1c;
 const QUEUE_DESC: u64 = 0x20;
 const QUEUE_DRIVER: u64 = 0x28;
 const QUEUE_DEVICE: u64 = 0x30;
+const QUEUE_RESET: u64 = 0x3a;
 
-/// The registers. `offered` includes VERSION_1.
+/// The registers. `offered` includes what the transport itself offers: VERSION_1 and RING_RESET.
 pub(super) struct Common {
     name: String,
     offered: u64,
@@ -64,6 +67,10 @@ pub(super) enum Effect {
     Start,
     /// A queue was enabled; see whether it can be used.
     Check(u16),
+    /// A queue of a device at work is to be taken away from it; `forget_queue` of these registers included.
+    ResetQueue(u16),
+    /// The same queue is to be used again: stop, enable it, see whether it can be used, and start.
+    AddQueue(u16),
 }
 
 impl Common {
@@ -78,7 +85,7 @@ impl Common {
         };
         Self {
             name,
-            offered: offered | VERSION_1,
+            offered: offered | VERSION_1 | RING_RESET,
             interrupts,
             registers,
             ignored: LogOnce::new(),
@@ -116,6 +123,14 @@ impl Common {
         queues
             .iter_mut()
             .for_each(|queue| *queue = QueueSlot::new(queue.max_size));
+    }
+
+    /// The queue as before the driver set it up.
+    pub(super) fn forget_queue(&mut self, index: u16) {
+        if let Some(queue) = self.queue_mut(index) {
+            *queue = QueueSlot::new(queue.max_size);
+            queue.was_reset = true;
+        }
     }
 
     fn status(&self) -> u8 {
@@ -251,19 +266,27 @@ impl Common {
     fn write_queue(&mut self, offset: u64, len: usize, value: u64) -> Effect {
         let index = self.registers.queue_select;
         let running = self.is_driver_ok();
+        let may_reset = running && self.features() & RING_RESET != 0;
         let Some(queue) = self.queue_mut(index) else {
             return Effect::Nothing;
         };
+        // It reads as 0 again at once: when the write is over, so is the reset.
+        if (offset, len, value) == (QUEUE_RESET, 2, 1) && may_reset && queue.enabled {
+            return Effect::ResetQueue(index);
+        }
         if !matches!(offset, QUEUE_SIZE..QUEUE_VECTOR | QUEUE_ENABLE..0x1e | QUEUE_DESC..0x38) {
             return Effect::Nothing;
         }
-        if running || queue.enabled {
+        if running && !(may_reset && queue.was_reset) || queue.enabled {
             self.ignore("changes a queue that is in use");
             return Effect::Nothing;
         }
         match (offset, len) {
             (QUEUE_SIZE, 2) => queue.size = value as u16,
             (QUEUE_ENABLE, 2) if value == 1 => {
+                if running {
+                    return Effect::AddQueue(index);
+                }
                 queue.enabled = true;
                 return Effect::Check(index);
             }

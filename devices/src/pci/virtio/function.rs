@@ -210,6 +210,28 @@ impl Inner {
         }
     }
 
+    /// Takes one queue away from a device at work. The device stops for it, which completes what is in flight, and goes on
+    /// with the other queues where they were: as for a pause, and nobody but the driver of this device notices.
+    fn reset_queue(&mut self, index: u16) {
+        self.stop();
+        self.common.forget_queue(index);
+        if let Some(kick) = self.kicks.get(usize::from(index)) {
+            // What was asked of the old queue is forgotten.
+            let _ = kick.read();
+        }
+        self.start();
+    }
+
+    fn add_queue(&mut self, index: u16) {
+        // As when it was enabled first: what cannot work breaks the device down, and the others stop, too.
+        self.stop();
+        if let Some(queue) = self.common.queue_mut(index) {
+            queue.enabled = true;
+        }
+        self.check(index);
+        self.start();
+    }
+
     fn break_down(&self, why: &str) {
         self.complaints
             .warn(|| format!("{} needs a reset by its driver: {why}", self.device.name()));
@@ -244,6 +266,8 @@ impl Inner {
                 Effect::Reset => self.reset(),
                 Effect::Start => self.start(),
                 Effect::Check(index) => self.check(index),
+                Effect::ResetQueue(index) => self.reset_queue(index),
+                Effect::AddQueue(index) => self.add_queue(index),
             },
             Some(Region::Device(at)) => self.device.write_config(at, data),
             Some(Region::Notify(at)) => {

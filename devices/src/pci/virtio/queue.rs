@@ -17,6 +17,9 @@ pub(super) struct QueueSlot {
     pub(super) used_ring: u64,
     next_avail: u16,
     next_used: u16,
+    /// The driver has reset it alone and may set it up again while the device works.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) was_reset: bool,
 }
 
 impl QueueSlot {
@@ -30,6 +33,7 @@ impl QueueSlot {
             used_ring: 0,
             next_avail: 0,
             next_used: 0,
+            was_reset: false,
         }
     }
 
@@ -44,6 +48,7 @@ impl QueueSlot {
             used_ring,
             next_avail,
             next_used,
+            was_reset: _,
         } = *self;
         let entries = u64::from(size);
         let areas = [
