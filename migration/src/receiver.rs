@@ -257,6 +257,12 @@ impl Control<'_> {
             let waiting = if peer.is_some() { Duration::ZERO } else { GLANCE };
             match self.controls.recv_timeout(waiting) {
                 Ok((session, stream)) => {
+                    if let Some(asked) = peer.as_mut()
+                        && self.has_hung_up(asked, session)
+                    {
+                        peer = None;
+                        self.link_lost();
+                    }
                     if let Some(new) = self.welcome(session, stream) {
                         // A newer connection of the same crossing: the older one is dead, even if it does not know.
                         self.link_lost();
@@ -343,6 +349,23 @@ impl Control<'_> {
             }
             _ => None,
         }
+    }
+
+    /// Whether somebody who only asked, and built nothing, has gone. That may not have been noticed yet when another one comes,
+    /// as a rule the crossing that was asked about: it must not hear that this side is busy.
+    fn has_hung_up(&mut self, asked: &mut ControlPeer, newcomer: SessionId) -> bool {
+        let since = self.clock.now();
+        while matches!(self.incoming, Incoming::Greeted(_)) && self.incoming.session() != Some(newcomer) {
+            match asked.receive(GLANCE) {
+                Ok(Some(bytes)) if self.handle(asked, &bytes) => {}
+                Ok(None) => return false,
+                Ok(Some(_)) | Err(_) => return true,
+            }
+            if self.clock.now().saturating_sub(since) > SIGN_OF_LIFE {
+                return false;
+            }
+        }
+        false
     }
 
     /// A control connection came: ours, or a stranger's, who hears that we are busy.

@@ -3,9 +3,10 @@
 
 mod common;
 
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Built, FakeIncoming, Stage, Stand, options};
@@ -20,7 +21,10 @@ use ferry_migration::receiver::{ReceiveOptions, Received, receive};
 use ferry_migration::rehearsal::{Answer, Question, rehearse};
 use ferry_migration::report::Report;
 use ferry_migration::transport::faulty::{Cut, Faulty, When};
-use ferry_migration::transport::{Address, Listener, PipeLink, PipeListener, SocketLink, Tls};
+use ferry_migration::transport::{
+    Address, Arrival, Listener, PipeLink, PipeListener, SocketLink, Stream, Tls,
+};
+use ferry_migration::wire::{ENVELOPE_BYTES, Greeting, Message, OLDEST_VERSION, Purpose, VERSION, envelope};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 
 const STALL: Duration = Duration::from_secs(5);
@@ -276,10 +280,7 @@ impl AskFirst {
             measure: true,
             cancelled: &|| false,
         };
-        let answer = rehearse(&mut self.link, &HostClock::new(), &question);
-        // The other side notices that this connection is over before the next one comes.
-        std::thread::sleep(Duration::from_millis(100));
-        answer
+        rehearse(&mut self.link, &HostClock::new(), &question)
     }
 }
 
@@ -348,6 +349,112 @@ fn a_receiver_that_was_asked_waits_on() {
         (report.fact.total, report.fact.wire_bytes),
         (report.total, report.wire_bytes)
     );
+}
+
+/// A connection that says one message and hangs up when it is answered. Just before, somebody else may come.
+struct Says {
+    message: std::io::Cursor<Vec<u8>>,
+    answered: Arc<Mutex<Vec<u8>>>,
+    first: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl Says {
+    fn hello(session: SessionId, answered: &Arc<Mutex<Vec<u8>>>) -> Says {
+        let hello = Message::Hello {
+            oldest: OLDEST_VERSION,
+            newest: VERSION,
+            session,
+            attempt: 1,
+            ledger: LedgerId([78; 16]),
+            purpose: Purpose::Begin,
+        }
+        .encode();
+        Says {
+            message: std::io::Cursor::new([&envelope(&hello)[..], &hello].concat()),
+            answered: Arc::clone(answered),
+            first: None,
+        }
+    }
+
+    fn arrival(self, session: SessionId) -> Arrival {
+        Arrival {
+            greeting: Greeting::Control { session, attempt: 1 },
+            stream: Box::new(self),
+        }
+    }
+}
+
+impl Read for Says {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.message.read(buffer)
+    }
+}
+
+impl Write for Says {
+    fn write(&mut self, buffer: &[u8]) -> std::io::Result<usize> {
+        self.first.take().into_iter().for_each(|first| first());
+        self.answered.lock().unwrap().extend_from_slice(buffer);
+        Ok(buffer.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Stream for Says {
+    fn set_read_limit(&mut self, _: Duration) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn set_write_limit(&mut self, _: Duration) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn who_comes_in_the_instant_in_which_an_asker_hangs_up_is_not_told_that_this_side_is_busy() {
+    let stage = Stage::new(33);
+    let mut machine = FakeIncoming {
+        built: Arc::clone(&stage.built),
+        witness: Arc::clone(&stage.witness),
+    };
+    let mut their_ledger = stage.their_ledger.clone();
+    let (give, arrivals) = crossbeam::channel::unbounded();
+    let (asked, answered) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::<Mutex<Vec<u8>>>::default());
+    let (asker, comer) = (SessionId([77; 16]), SessionId([79; 16]));
+    let mut asks = Says::hello(asker, &asked);
+    let (then, comes) = (give.clone(), Says::hello(comer, &answered));
+    asks.first = Some(Box::new(move || {
+        then.send(comes.arrival(comer)).unwrap();
+        // It waits in the receiver's queue before the asker's end can be read.
+        std::thread::sleep(Duration::from_millis(500));
+    }));
+    give.send(asks.arrival(asker)).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let stops = Arc::clone(&stop);
+    let receiver = std::thread::spawn(move || {
+        let options = ReceiveOptions::default();
+        receive(
+            &mut machine,
+            &mut their_ledger,
+            &HostClock::new(),
+            &arrivals,
+            &stops,
+            &options,
+        )
+    });
+    let begun = std::time::Instant::now();
+    while answered.lock().unwrap().is_empty() && begun.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    stop.store(true, Ordering::Release);
+    assert!(!receiver.join().unwrap().taken);
+    for heard in [asked, answered] {
+        let bytes = heard.lock().unwrap().clone();
+        let message = Message::decode(&bytes[ENVELOPE_BYTES..]).unwrap();
+        assert_eq!(message.name(), "Welcome", "{message:?}");
+    }
 }
 
 /// A receiver at the end of a pipe whose other end only asked, and is gone, does not wait for ever.
