@@ -36,6 +36,8 @@ pub(crate) struct Copying {
     carried: Carried,
     /// Where the next slice of a policy that plans anew in each goes on, in each block.
     cursors: Vec<u64>,
+    /// What had to cross at least once, in each block.
+    first_units: Vec<u64>,
     /// Units that the present plan leaves for the switch.
     held_back: u64,
     /// What crossed by name before the first round.
@@ -82,6 +84,7 @@ impl Copying {
             .map(|cargo| cargo.source.first_pass())
             .collect::<Result<Vec<_>, _>>()?;
         let todo = Sets::from(todo);
+        let first_units = todo.as_slice().iter().map(UnitSet::count).collect();
         let now = clock.now();
         // Only this policy looks at groups, and watching costs the guest something.
         let heat = matches!(limits.policy, Policy::CalmLive).then(|| {
@@ -108,6 +111,7 @@ impl Copying {
             round: 0,
             carried: Carried::default(),
             cursors: vec![0; cargo.len()],
+            first_units,
             held_back: 0,
             by_name: Carried::default(),
             round_started: now,
@@ -415,6 +419,52 @@ impl Copying {
             reason: reason.to_owned(),
             promise: None,
             throttle_percent: decision.throttle.percent,
+        }
+    }
+
+    /// How the machine wrote, for the report.
+    pub(crate) fn conduct(&self, cargo: &[Cargo], limits: &Limits, capped: Option<u64>) -> report::Conduct {
+        let most = limits
+            .most_bandwidth_bytes_per_sec
+            .into_iter()
+            .chain(capped)
+            .min();
+        let link = limits.link(&self.history).map(|rate| rate as u64);
+        report::Conduct {
+            policy: limits.policy.to_string(),
+            link_bytes_per_sec: link.into_iter().chain(most).min(),
+            service_bytes_per_sec: self.history.service.map(|service| service.bytes_per_sec as u64),
+            memory: self.wrote(cargo, BlockKind::Memory),
+            disk: self.wrote(cargo, BlockKind::Disk),
+        }
+    }
+
+    fn wrote(&self, cargo: &[Cargo], kind: BlockKind) -> report::Wrote {
+        let of_kind = || {
+            cargo
+                .iter()
+                .enumerate()
+                .filter(|(_, cargo)| cargo.info.kind == kind)
+        };
+        let first = of_kind().map(|(at, cargo)| {
+            let units = self.first_units.get(at).copied().unwrap_or(0);
+            (units * u64::from(cargo.info.unit_bytes())).min(cargo.info.bytes)
+        });
+        let groups: Vec<_> = of_kind()
+            .filter_map(|(at, _)| Some((self.heat.as_ref()?.get(at)?, self.todo.as_slice().get(at)?)))
+            .map(|(heat, dirty)| heat.groups(dirty))
+            .collect();
+        report::Wrote {
+            bytes: of_kind().map(|(_, cargo)| cargo.info.bytes).sum(),
+            first_bytes: first.sum(),
+            groups: policy::heat::sum(&groups)
+                .into_iter()
+                .filter(|group| group.bytes > 0)
+                .map(|group| report::Group {
+                    bytes: group.bytes,
+                    writes_per_sec: group.writes_per_sec,
+                })
+                .collect(),
         }
     }
 

@@ -114,6 +114,7 @@ impl<'a> Crossing<'a> {
             impact: Default::default(),
             clock_behind: None,
             timeline: Vec::new(),
+            conduct: None,
             probe: None,
             checks: Checks {
                 frames_checked: 0,
@@ -250,6 +251,9 @@ impl<'a> Crossing<'a> {
         self.report.total = self.now();
         self.report.downtime.total = self.report.downtime.parts().iter().map(|(_, part)| *part).sum();
         self.report.timeline = self.timeline.take();
+        let (limits, capped) = (&self.options.limits, self.world.handle.capped());
+        let copying = self.copying.as_ref();
+        self.report.conduct = copying.map(|copying| copying.conduct(&self.cargo, limits, capped));
         self.report.total_up();
         let outcome = self.report.outcome.clone();
         self.world.observer.event(&Event::Ended {

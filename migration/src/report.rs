@@ -304,6 +304,38 @@ pub struct Checks {
     pub compared: Option<bool>,
 }
 
+/// How the machine wrote and what the link carried while it was copied: enough to play the crossing again with another
+/// policy.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Conduct {
+    pub policy: String,
+    /// As stated or measured, and no more than was allowed. None: nothing ever showed it.
+    pub link_bytes_per_sec: Option<u64>,
+    /// What the service in the machine used of the link, at the end of the copying; none: nobody counted.
+    pub service_bytes_per_sec: Option<u64>,
+    pub memory: Wrote,
+    /// All disks together.
+    pub disk: Wrote,
+}
+
+/// How pages or clusters were written.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Wrote {
+    pub bytes: u64,
+    /// What had to cross at least once.
+    pub first_bytes: u64,
+    /// By how often they are written, where the policy counts that; empty: the rounds are all that is known.
+    pub groups: Vec<Group>,
+}
+
+/// Units that are written about equally often.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Group {
+    pub bytes: u64,
+    /// To each unit.
+    pub writes_per_sec: f64,
+}
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -336,6 +368,9 @@ pub struct Report {
     pub checks: Checks,
     #[serde(default)]
     pub timeline: Vec<Moment>,
+    /// None: nothing was copied.
+    #[serde(default)]
+    pub conduct: Option<Conduct>,
     /// What a client saw, if one asked all the time.
     #[serde(default)]
     pub probe: Option<Probe>,

@@ -10,9 +10,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use ferry_migration::cost::{Cost, Queue, parse_duration, parse_memory, parse_rate, parse_size, parse_sla};
 use ferry_migration::policy::{Limits, Policy};
+use ferry_migration::report::Report;
 use ferry_migration::sim::disk::Disk;
 use ferry_migration::sim::link::{Change, Sharing};
 use ferry_migration::sim::pages::{Outcome, Scenario};
+use ferry_migration::sim::replay::{Fact, Replay};
 use ferry_migration::sim::trace::{NAMES, Trace, Writing};
 
 use crate::{output, say};
@@ -31,24 +33,27 @@ use crate::{output, say};
     ferry simulate --trace bursts --policy all --html bursts.html\n  \
     ferry simulate --policy qemu,calm-live --disk 4G,allocated=25%,rate=2MB/s,hot=5%,discard=200kB/s\n  \
     ferry simulate --model --policy all     # page by page instead of the engine: many runs, or the systems' own dirty logs\n  \
+    ferry report web --json > web.json && ferry simulate --trace web.json --policy all     # a real crossing, other policies\n  \
     ferry simulate --paper calm     # Table 2 and Figures 4 and 5 of CALM, beside the paper's numbers\n  \
     ferry simulate --paper lmdt     # the transfer cost formula and its table\n  \
     ferry simulate --traces         # the traces that come along")]
 pub struct SimulateArgs {
-    /// What the guest writes: a name (see --traces), a name with its number (uniform:0.05), or a JSON file
+    /// What the guest writes: a name (see --traces), a name with its number (uniform:0.05), a JSON file, or the report of
+    /// a crossing (`ferry migrate --report FILE`, `ferry report NAME --json`): then memory, disks, link and what the switch
+    /// takes are those of that crossing, as far as nothing else is said here
     #[arg(long, value_name = "TRACE", default_value = "ref")]
     pub trace: String,
-    /// The guest's memory
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory)]
-    pub memory: u64,
+    /// The guest's memory [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    pub memory: Option<u64>,
     /// A disk that moves with the memory; may be given several times. SIZE, and if wanted: allocated=25% or 1G [50%],
     /// zero=10% of that are zeroes [0%], rate=2MB/s written [0], hot=5% of the allocated take 9 of 10 writes [10%],
     /// discard=200kB/s discarded [0]
     #[arg(long, value_name = "SIZE,...", value_parser = disk, conflicts_with_all = ["model", "paper"])]
     pub disk: Vec<Disk>,
-    /// The capacity of the link
-    #[arg(long, value_name = "RATE", default_value = "256Mbit", value_parser = rate)]
-    pub link: u64,
+    /// The capacity of the link [default: 256Mbit]
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub link: Option<u64>,
     /// The policies, separated by commas; "all" for every one (fixed at half of the link)
     #[arg(
         long,
@@ -78,9 +83,9 @@ pub struct SimulateArgs {
     /// The link's delay
     #[arg(long, value_name = "TIME", default_value = "0ms", value_parser = time)]
     pub delay: Duration,
-    /// What the switch takes besides copying
-    #[arg(long, value_name = "TIME", default_value = "0ms", value_parser = time)]
-    pub switch: Duration,
+    /// What the switch takes besides copying [default: 0ms]
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub switch: Option<Duration>,
     /// The downtime that policies with such a rule aim at
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = time)]
     pub downtime: Duration,
@@ -96,9 +101,9 @@ pub struct SimulateArgs {
     /// The price of a second of crossing, in seconds of outage
     #[arg(long, value_name = "SECONDS", default_value_t = 0.01)]
     pub time_price: f64,
-    /// What a page of 4 KiB is on the wire on average
-    #[arg(long, value_name = "SIZE", default_value = "4096", value_parser = size)]
-    pub wire_page: u64,
+    /// What a page of 4 KiB is on the wire on average [default: 4096]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub wire_page: Option<u64>,
     /// Writes per second to one page, told to calm-fixed and calm-adaptive [default: the trace's true mean]
     #[arg(long, value_name = "RATE")]
     pub page_rate: Option<f64>,
@@ -161,21 +166,25 @@ pub fn run(args: &SimulateArgs) -> Result<()> {
         Some(_) => return paper::lmdt(args),
         None => {}
     }
-    let scenario = scenario(args)?;
-    let outcomes = run_all(&scenario, &policies(args)?, how(args))?;
+    let (scenario, fact) = scenario(args)?;
+    let outcomes = run_all(&scenario, &policies(args, &scenario)?, how(args))?;
+    let title = title(args, &scenario);
     if let Some(path) = &args.html {
-        let page = html::page(&title(args), &outcomes);
+        let page = html::page(&title, &outcomes);
         std::fs::write(path, page)
             .with_context(|| format!("the page {} cannot be written", path.display()))?;
     }
     if args.json {
         return output::json(&outcomes);
     }
-    say!("{}\n", title(args))?;
+    say!("{title}\n")?;
+    if let Some(fact) = fact {
+        say!("{}\n", text::fact(&fact))?;
+    }
     say!("{}", text::outcomes(&outcomes))
 }
 
-fn title(args: &SimulateArgs) -> String {
+fn title(args: &SimulateArgs, scenario: &Scenario) -> String {
     let sharing = match args.sharing.as_str() {
         "first" => format!(
             "the service goes first where the crossing yields ({:?})",
@@ -183,7 +192,7 @@ fn title(args: &SimulateArgs) -> String {
         ),
         _ => "the link is shared by reservation".to_string(),
     };
-    let disks: u64 = args.disk.iter().map(|disk| disk.bytes).sum();
+    let disks: u64 = scenario.disks.iter().map(|disk| disk.bytes).sum();
     let disks = if disks > 0 {
         format!(
             " and {} of disk",
@@ -195,15 +204,15 @@ fn title(args: &SimulateArgs) -> String {
     format!(
         "trace {}, {} MiB{disks}, {}, {sharing}, price of time {}, seed {}",
         args.trace,
-        args.memory >> 20,
-        ferry_migration::policy::reason::rate(args.link as f64),
+        scenario.memory_bytes >> 20,
+        ferry_migration::policy::reason::rate(scenario.link.bytes_per_sec),
         args.time_price,
         args.seed
     )
 }
 
-fn policies(args: &SimulateArgs) -> Result<Vec<Policy>> {
-    let half = args.link / 2;
+fn policies(args: &SimulateArgs, scenario: &Scenario) -> Result<Vec<Policy>> {
+    let half = (scenario.link.bytes_per_sec / 2.0) as u64;
     if args.policy.trim() == "all" {
         return Ok(ferry_migration::policy::ALL
             .iter()
@@ -272,21 +281,51 @@ fn run_all(scenario: &Scenario, policies: &[Policy], how: How) -> Result<Vec<Out
     Ok(outcomes)
 }
 
-fn scenario(args: &SimulateArgs) -> Result<Scenario> {
-    if args.memory > MOST_MEMORY_BYTES {
+/// A trace or a report is some hundred KiB; what is longer is something else.
+const MOST_TRACE_BYTES: u64 = 64 << 20;
+
+/// What `--trace` names: a trace, or a crossing to play again.
+fn played(name: &str) -> Result<Replay> {
+    let path = PathBuf::from(name);
+    if !path.is_file() {
+        return Ok(Replay::of(Trace::named(name)?));
+    }
+    let could_not = || format!("the trace {name} cannot be read");
+    if std::fs::metadata(&path).with_context(could_not)?.len() > MOST_TRACE_BYTES {
+        bail!("{name} is neither a trace nor the report of a crossing: it is longer than any");
+    }
+    let text = std::fs::read_to_string(&path).with_context(could_not)?;
+    let value: serde_json::Value = serde_json::from_str(&text)
+        .with_context(|| format!("{name} is neither a trace nor the report of a crossing"))?;
+    if value.get("session").is_none() {
+        return Ok(Replay::of(
+            Trace::from_json(&text).with_context(|| format!("in {name}"))?,
+        ));
+    }
+    let report: Report =
+        serde_json::from_value(value).with_context(|| format!("{name} is not the report of a crossing"))?;
+    Ok(Replay::from_report(&report)?)
+}
+
+/// What is simulated, and the crossing itself where one is played again.
+fn scenario(args: &SimulateArgs) -> Result<(Scenario, Option<Fact>)> {
+    let replay = played(&args.trace)?;
+    let memory_bytes = args.memory.unwrap_or(replay.memory_bytes);
+    let link = args.link.map_or(replay.link_bytes_per_sec, |rate| rate as f64);
+    let disks = if args.disk.is_empty() {
+        replay.disks
+    } else {
+        args.disk.clone()
+    };
+    if memory_bytes > MOST_MEMORY_BYTES {
         bail!("a simulated guest has at most 64 GiB of memory");
+    }
+    if args.model && !disks.is_empty() {
+        bail!("the model has no disks and this crossing has; leave --model away");
     }
     if !args.time_price.is_finite() || args.time_price < 0.0 {
         bail!("the price of time must be a number from 0 on");
     }
-    let path = PathBuf::from(&args.trace);
-    let trace = if path.is_file() {
-        let text = std::fs::read_to_string(&path)
-            .with_context(|| format!("the trace {} cannot be read", args.trace))?;
-        Trace::from_json(&text).with_context(|| format!("in {}", args.trace))?
-    } else {
-        Trace::named(&args.trace)?
-    };
     let limits = Limits {
         cost: args.sla.clone(),
         downtime: args.downtime,
@@ -294,15 +333,16 @@ fn scenario(args: &SimulateArgs) -> Result<Scenario> {
         deadline: args.deadline,
         most_throttle_percent: args.throttle,
         time_price: args.time_price,
-        page_write_rate_per_sec: args.page_rate.or_else(|| mean_rate(&trace)),
+        page_write_rate_per_sec: args.page_rate.or_else(|| mean_rate(&replay.trace)),
         ..Limits::default()
     };
-    let mut scenario = Scenario::new(trace, args.memory, args.link as f64, limits);
+    let mut scenario = Scenario::new(replay.trace, memory_bytes, link, limits);
     scenario.seed = args.seed;
-    scenario.disks.clone_from(&args.disk);
-    scenario.switch_fixed = args.switch;
-    scenario.wire_bytes_per_page = args.wire_page.max(1) as f64;
-    if args.wire_page > 4096 && !args.model {
+    scenario.disks = disks;
+    scenario.switch_fixed = args.switch.unwrap_or(replay.switch_fixed);
+    let wire_page = args.wire_page.map(|bytes| bytes.max(1) as f64);
+    scenario.wire_bytes_per_page = wire_page.unwrap_or(replay.wire_bytes_per_page);
+    if scenario.wire_bytes_per_page > 4096.0 && !args.model {
         bail!("a page is at most 4096 bytes on the wire; write for example --wire-page 2048, or --model");
     }
     scenario.at_most = Duration::from_secs(3600);
@@ -317,10 +357,20 @@ fn scenario(args: &SimulateArgs) -> Result<Scenario> {
         scenario.link.load = changes;
         scenario.link.load_period_secs = end;
     }
+    let promised = args.sla.offered_bytes_per_sec().filter(|rate| *rate > 0.0);
+    if args.load.is_none()
+        && let (Some(used), Some(promised)) = (replay.service_bytes_per_sec, promised)
+    {
+        // The service was seen to use this much of the link, whatever it promises.
+        scenario.link.load = vec![Change {
+            at_secs: 0.0,
+            factor: used / promised,
+        }];
+    }
     if let Some(capacity) = &args.capacity {
         scenario.link.capacity = changes(capacity)?.0;
     }
-    Ok(scenario)
+    Ok((scenario, replay.fact))
 }
 
 /// The mean rate at which the trace writes a page, which CALM's own policies are told.
@@ -375,6 +425,46 @@ mod tests {
             .args
     }
 
+    fn outcomes_of(args: &SimulateArgs) -> Vec<Outcome> {
+        let (scenario, _) = scenario(args).unwrap();
+        run_all(&scenario, &policies(args, &scenario).unwrap(), how(args)).unwrap()
+    }
+
+    /// The example is a real crossing's report: what moves then is as large as what moved there, and every policy has an
+    /// answer. What is said on the command line counts.
+    #[test]
+    fn the_report_of_a_crossing_is_a_trace() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/report.example.json");
+        let words = [
+            "--trace",
+            file,
+            "--policy",
+            "qemu,max",
+            "--sla",
+            "rate=20/s,size=10kB,deadline=1s",
+        ];
+        let args_of = |more: &[&str]| args(&[words.as_slice(), more].concat());
+        let (replayed, fact) = scenario(&args_of(&[])).unwrap();
+        let fact = fact.unwrap();
+        assert_eq!((replayed.disks.len(), fact.crossed), (1, true));
+        for outcome in outcomes_of(&args_of(&[])) {
+            let part = outcome.bytes as f64 / fact.bytes as f64;
+            assert!(
+                outcome.crossed && (0.7..1.3).contains(&part),
+                "{part}: {outcome:?}"
+            );
+        }
+        let (said, _) = scenario(&args_of(&[
+            "--link", "8Mbit", "--memory", "16M", "--switch", "1s",
+        ]))
+        .unwrap();
+        assert_eq!(
+            (said.link.bytes_per_sec, said.memory_bytes, said.switch_fixed),
+            (1e6, 16 << 20, Duration::from_secs(1))
+        );
+        assert!(text::fact(&fact).starts_with("web itself crossed with "));
+    }
+
     #[test]
     fn the_json_has_one_object_per_policy_with_the_promised_fields() {
         let args = args(&[
@@ -387,7 +477,7 @@ mod tests {
             "--policy",
             "qemu,calm-live",
         ]);
-        let outcomes = run_all(&scenario(&args).unwrap(), &policies(&args).unwrap(), how(&args)).unwrap();
+        let outcomes = outcomes_of(&args);
         let json = serde_json::to_value(&outcomes).unwrap();
         let list = json.as_array().unwrap();
         assert_eq!(list.len(), 2);
@@ -406,7 +496,7 @@ mod tests {
         let words = ["--memory", "8M", "--policy", "calm-live"];
         let disk = ["--disk", "16M,allocated=25%,rate=100kB/s"];
         let with = args(&[words.as_slice(), disk.as_slice()].concat());
-        let outcomes = run_all(&scenario(&with).unwrap(), &policies(&with).unwrap(), how(&with)).unwrap();
+        let outcomes = outcomes_of(&with);
         assert!(
             outcomes[0].crossed && outcomes[0].disk_bytes >= 4 << 20,
             "{outcomes:?}"
@@ -428,12 +518,7 @@ mod tests {
             "--policy",
             "all",
         ]);
-        let page = || {
-            html::page(
-                "t",
-                &run_all(&scenario(&args).unwrap(), &policies(&args).unwrap(), how(&args)).unwrap(),
-            )
-        };
+        let page = || html::page("t", &outcomes_of(&args));
         let first = page();
         assert_eq!(first, page());
         assert!(first.contains("<svg") && !first.contains("http://") && !first.contains("https://"));
@@ -449,8 +534,7 @@ mod tests {
         ] {
             let args = args(&words);
             let error = scenario(&args)
-                .map(|_| ())
-                .and_then(|()| policies(&args).map(|_| ()))
+                .and_then(|(scenario, _)| policies(&args, &scenario))
                 .unwrap_err();
             assert!(format!("{error:#}").contains(part), "{error:#}");
         }

@@ -2,6 +2,7 @@
 
 use ferry_migration::policy::reason::size;
 use ferry_migration::sim::pages::Outcome;
+use ferry_migration::sim::replay::Fact;
 
 use crate::output;
 
@@ -45,4 +46,26 @@ fn sent(o: &Outcome) -> String {
         0 => all,
         disk => format!("{all} ({} disk)", size(disk as f64)),
     }
+}
+
+/// The crossing that is played again.
+pub(super) fn fact(fact: &Fact) -> String {
+    let name: String = fact
+        .name
+        .chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect();
+    let policy = fact
+        .policy
+        .map_or("a policy that its report does not name".to_owned(), |policy| {
+            policy.to_string()
+        });
+    let what = if fact.crossed { "crossed" } else { "did not cross" };
+    format!(
+        "{name} itself {what} with {policy}: total {:.2} s without preparing, downtime {:.4} s, {} sent, {} rounds",
+        fact.total_s,
+        fact.downtime_s,
+        size(fact.bytes as f64),
+        fact.rounds
+    )
 }

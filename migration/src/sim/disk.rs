@@ -9,7 +9,7 @@ use crate::cost::{parse_memory, parse_rate};
 /// Which part of the writes the hot part of a disk takes, where only its size is said.
 const HOT_TAKES: f64 = 0.9;
 /// The most a simulated disk may have: its clusters are kept one by one.
-const MOST_BYTES: u64 = 64 << 40;
+const MOST_BYTES: u64 = 4 << 40;
 
 /// What clusters hold when the crossing begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,7 +55,7 @@ impl Disk {
         let mut words = text.split(',').map(str::trim);
         let bytes = parse_memory(words.next().unwrap_or("")).map_err(|e| said(&e))?;
         if bytes == 0 || bytes > MOST_BYTES {
-            return Err(wrong("has a size that is not between 1 byte and 64 TiB"));
+            return Err(wrong("has a size that is not between 1 byte and 4 TiB"));
         }
         let (mut allocated, mut zero, mut hot) = (0.5, 0.0, 0.1);
         let (mut written, mut discarded) = (0.0, 0.0);

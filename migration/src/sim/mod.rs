@@ -10,6 +10,7 @@ pub mod guest;
 pub mod link;
 pub mod pages;
 pub mod paper;
+pub mod replay;
 mod rng;
 #[cfg(test)]
 mod tests;
