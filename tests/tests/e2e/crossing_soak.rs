@@ -126,7 +126,14 @@ fn a_machine_under_all_loads_crosses_back_and_forth_and_nothing_grows() {
             work += "+web ip=10.213.7.2/24 body=8K";
             words.extend(["--net", net]);
         }
-        None => eprintln!("without web: making a bridge needs root and `ip`"),
+        None => {
+            let must = std::env::var_os("FERRY_TESTS_MUST_RUN").is_some();
+            assert!(
+                !must,
+                "the soak must include web here: making a bridge needs root and `ip`"
+            );
+            eprintln!("without web: making a bridge needs root and `ip`");
+        }
     }
     let orders = format!("work={work} memory=8M heap=4M rate=1000 journal=4M rows=2048");
     let mut guest = start(&here, "m", &orders, &words);

@@ -54,3 +54,50 @@ impl Bench for RngBench {
         self.asked.clear();
     }
 }
+
+/// Orders to reset a queue that make no sense do nothing; a queue that cannot work is refused when it is enabled again.
+#[test]
+fn senseless_resets_of_a_queue_are_ignored_and_a_bad_queue_is_refused() {
+    const SELECT: u64 = 0x16;
+    const ENABLE: u64 = 0x1c;
+    const RESET: u64 = 0x3a;
+    let memory = Memory::new();
+    let guest = Guest::new(memory.clone(), Box::new(Rng::new("rng0").unwrap()));
+    let mut bench = RngBench::default();
+    let mut driver = Driver::probe(&guest, u64::MAX);
+    let at = driver.common;
+    let write = |offset, value, len| guest.write(at + offset, value, len);
+    // Not the value, not the width, not a queue that there is.
+    for (value, len) in [(0, 2), (2, 2), (0xffff, 2), (1, 1), (1, 4)] {
+        write(RESET, value, len);
+        assert_eq!(guest.read(at + ENABLE, 2), 1, "{value} of {len} bytes");
+    }
+    for index in [1, 9, 0xffff] {
+        write(SELECT, index, 2);
+        write(RESET, 1, 2);
+    }
+    bench.submit(&guest, &mut driver);
+    bench.complete(&guest, &mut driver);
+    // Twice, and what is no order to enable it.
+    driver.reset_queue(&guest, 0);
+    driver.reset_queue(&guest, 0);
+    write(ENABLE, 0, 2);
+    write(ENABLE, 2, 2);
+    assert_eq!((guest.read(at + ENABLE, 2), driver.status(&guest)), (0, 0xf));
+    driver.add_queue(&guest, 0);
+    bench.submit(&guest, &mut driver);
+    bench.complete(&guest, &mut driver);
+    // Rings that are not in memory.
+    driver.reset_queue(&guest, 0);
+    write(0x24, 0xffff_ffff, 4);
+    write(ENABLE, 1, 2);
+    assert_eq!(
+        driver.status(&guest) & 0x40,
+        0x40,
+        "it does not say that it needs a reset"
+    );
+    // A reset of the device forgets all of it.
+    let mut driver = Driver::probe(&guest, u64::MAX);
+    bench.submit(&guest, &mut driver);
+    bench.complete(&guest, &mut driver);
+}
