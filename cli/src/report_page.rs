@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry_migration::pages::encode::PageCounts;
 use ferry_migration::policy::reason;
-use ferry_migration::report::{Downtime, Probe, Promise, Report};
+use ferry_migration::report::{Downtime, Probe, Promise, Report, Round};
 
 use crate::plot::{Bar, END, Line, chart, head, table, waterfall};
 
@@ -48,6 +48,19 @@ fn known(value: Option<String>) -> String {
     value.unwrap_or_else(|| "not measured".to_owned())
 }
 
+/// How much the machine was slowed in a round, and which CPUs for it.
+fn throttle(round: &Round) -> String {
+    let each: Vec<String> = round
+        .throttled_vcpus
+        .iter()
+        .map(|slowed| format!("CPU {}: {} %", slowed.vcpu, slowed.percent))
+        .collect();
+    match each.is_empty() {
+        true => format!("{} %", round.throttle_percent),
+        false => format!("{} % ({})", round.throttle_percent, each.join(", ")),
+    }
+}
+
 fn summary(report: &Report) -> String {
     let compared = match report.checks.compared {
         Some(true) => "compared by hash on both sides: equal",
@@ -76,6 +89,10 @@ fn summary(report: &Report) -> String {
                 &format!("{} frames; {compared}", report.checks.frames_checked),
             ]),
             row(&["CPU time lost to throttling", &time(impact.throttled)]),
+            row(&[
+                "write faults",
+                &known(impact.write_fault_count.map(|count| count.to_string())),
+            ]),
             row(&[
                 "CPU time lost to write faults",
                 &known(impact.write_faults.map(time)),
@@ -243,7 +260,7 @@ fn decisions(report: &Report) -> String {
                     .bandwidth_bytes_per_sec
                     .map_or_else(|| "all".to_owned(), rate),
                 bytes(round.remaining_bytes),
-                format!("{} %", round.throttle_percent),
+                throttle(round),
                 round.decision.clone(),
                 round.reason.clone(),
             ]

@@ -156,7 +156,7 @@ impl OutgoingMachine for Here {
     fn check(&mut self) -> Result<(), Reason> {
         Ok(())
     }
-    fn throttle(&mut self, _: u8) -> Result<(), Reason> {
+    fn throttle(&mut self, _: &ferry_migration::policy::Throttle) -> Result<(), Reason> {
         Ok(())
     }
     fn slow_writes(&mut self, _: BlockId, _: Option<u64>) -> Result<(), Reason> {

@@ -44,6 +44,8 @@ pub(crate) struct Copying {
     by_name: Carried,
     round_started: Duration,
     survey_time: Duration,
+    /// Clean bytes of memory that were found written, since the copying began.
+    pub(crate) memory_dirtied: u64,
     began: Duration,
 }
 
@@ -116,6 +118,7 @@ impl Copying {
             by_name: Carried::default(),
             round_started: now,
             survey_time: Duration::ZERO,
+            memory_dirtied: 0,
             began,
         })
     }
@@ -323,7 +326,9 @@ impl Copying {
         let new = noted.without(&known);
         self.noted = noted;
         // A unit that was still to be sent was dirty already, whenever it was written.
-        let dirtied = new.without(&self.todo.without(taken)).bytes(cargo);
+        let fresh = new.without(&self.todo.without(taken));
+        let dirtied = fresh.bytes(cargo);
+        self.memory_dirtied += dirtied.saturating_sub(fresh.disk_bytes(cargo));
         if let Some(last) = self.history.samples.last()
             && !last.time.is_zero()
         {
@@ -419,6 +424,7 @@ impl Copying {
             reason: reason.to_owned(),
             promise: None,
             throttle_percent: decision.throttle.percent,
+            throttled_vcpus: decision.throttle.vcpus.clone(),
         }
     }
 

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::block::{BlockId, BlockInfo, Sink, Source};
 use crate::failure::Reason;
 use crate::handover::{MachineId, RunPermit};
+use crate::policy::Throttle;
 
 /// What the incoming side must know to build the machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,14 +25,28 @@ pub struct MachineCard {
 }
 
 /// What the guest felt of the crossing so far, as far as the monitor can measure it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestImpact {
-    /// vCPU time lost to throttling.
+    /// Time lost to throttling, of all vCPUs together.
     pub throttled: Duration,
-    /// vCPU time lost to write faults of dirty tracking, where it can be measured.
+    /// Time lost to the tracking of writes, of all vCPUs together, where it can be measured: the number of write faults
+    /// times what one costs on this host, and the waits for full dirty rings.
     pub write_faults: Option<Duration>,
+    /// How often a vCPU wrote to a page that was protected, where that is counted.
+    #[serde(default)]
+    pub write_fault_count: Option<u64>,
     /// Time disk writes were held back.
     pub slowed_writes: Duration,
+    /// Each vCPU's part, in order; empty if nobody counts.
+    #[serde(default)]
+    pub vcpus: Vec<VcpuImpact>,
+}
+
+/// What one vCPU felt.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuImpact {
+    pub throttled: Duration,
+    pub write_fault_count: Option<u64>,
 }
 
 /// The machine at the side it leaves. Called from one thread, in this order:
@@ -52,8 +67,8 @@ pub trait OutgoingMachine: Send {
         false
     }
 
-    /// Slows all vCPUs: they run `100 - percent` percent of the time. 0 ends throttling.
-    fn throttle(&mut self, percent: u8) -> Result<(), Reason>;
+    /// Slows vCPUs, each as it says from now on: slowed by so many per cent, it runs in the rest of the time.
+    fn throttle(&mut self, throttle: &Throttle) -> Result<(), Reason>;
 
     /// Limits how fast the guest may write to a disk; `None` ends the limit.
     fn slow_writes(&mut self, disk: BlockId, bytes_per_sec: Option<u64>) -> Result<(), Reason>;
@@ -85,6 +100,13 @@ pub trait OutgoingMachine: Send {
         None
     }
 
+    /// How many pages each vCPU has written since writes are tracked, some of them perhaps more than once; none if that is
+    /// not counted. Only grows. Asked once a second.
+    fn vcpu_writes(&mut self) -> Option<Vec<u64>> {
+        None
+    }
+
+    /// Asked at the very end; may take a while.
     fn impact(&mut self) -> GuestImpact {
         GuestImpact::default()
     }

@@ -5,6 +5,7 @@ mod giving;
 mod live;
 mod mending;
 mod switch;
+mod writers;
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -24,10 +25,11 @@ use crate::pacing::Pace;
 use crate::pages::cache::DeltaCache;
 use crate::pages::encode::Memory;
 use crate::pages::sent::SentHashes;
-use crate::policy::{self, DeadlineAction};
+use crate::policy::{self, DeadlineAction, Throttle};
 use crate::report::{Checks, Downtime, Event, Outcome, Promise, Report, Timeline, Woken};
 use crate::talk::{Broke, Talk};
 use crate::wire::{Message, Stage};
+use writers::Writers;
 
 /// What a crossing needs of the world.
 pub struct World<'a> {
@@ -75,7 +77,8 @@ struct Crossing<'a> {
     permit: Option<RunPermit>,
     /// The round kept last was of a policy that plans anew all the time.
     fresh: bool,
-    throttled: u8,
+    throttled: Throttle,
+    writers: Writers,
     slowed: Option<u64>,
     /// What is expected now, and when that was last thought about.
     promise: Option<Promise>,
@@ -149,7 +152,8 @@ impl<'a> Crossing<'a> {
             departure: None,
             permit: None,
             fresh: false,
-            throttled: 0,
+            throttled: Throttle::default(),
+            writers: Writers::default(),
             slowed: None,
             promise: options.promise,
             foreseen_at: None,
@@ -195,7 +199,7 @@ impl<'a> Crossing<'a> {
                 self.say_farewell(&failure);
                 drop(self.custody.take());
                 self.cargo.iter().for_each(|cargo| cargo.source.stop_tracking());
-                let eased = self.throttle(0).and(self.slow_writes(None));
+                let eased = self.throttle(&Throttle::default()).and(self.slow_writes(None));
                 let resumed = self.world.machine.resume(&permit);
                 if self.phase >= Phase::Pause {
                     // The machine stood still up to here.
@@ -247,8 +251,9 @@ impl<'a> Crossing<'a> {
 
     fn end(mut self) -> Report {
         self.talk.end();
-        self.report.impact = self.world.machine.impact();
         self.report.total = self.now();
+        // May take a while to find out, and is no part of the crossing.
+        self.report.impact = self.world.machine.impact();
         self.report.downtime.total = self.report.downtime.parts().iter().map(|(_, part)| *part).sum();
         self.report.timeline = self.timeline.take();
         let (limits, capped) = (&self.options.limits, self.world.handle.capped());
@@ -304,13 +309,15 @@ impl<'a> Crossing<'a> {
         })
     }
 
-    fn throttle(&mut self, percent: u8) -> Result<(), Reason> {
-        if percent != self.throttled {
-            self.world.machine.throttle(percent)?;
-            self.throttled = percent;
+    fn throttle(&mut self, throttle: &Throttle) -> Result<(), Reason> {
+        if *throttle != self.throttled {
+            self.world.machine.throttle(throttle)?;
+            self.throttled = throttle.clone();
+            self.writers.throttle_changes();
             self.world.observer.event(&Event::Throttle {
                 at: self.now(),
-                percent,
+                percent: throttle.percent,
+                vcpus: throttle.vcpus.clone(),
             });
         }
         Ok(())

@@ -8,6 +8,7 @@ use crate::failure::{Failure, Phase, Whereabouts};
 use crate::handover::{MachineId, SessionId};
 use crate::machine::{GuestImpact, Loaded};
 use crate::pages::encode::PageCounts;
+use crate::policy::VcpuThrottle;
 
 /// Something an observer may want to show.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,6 +61,9 @@ pub enum Event {
     Throttle {
         at: Duration,
         percent: u8,
+        /// Those that are slowed, and by how much; empty: all, by `percent`.
+        #[serde(default)]
+        vcpus: Vec<VcpuThrottle>,
     },
     Ended {
         at: Duration,
@@ -97,6 +101,9 @@ pub struct Round {
     #[serde(default)]
     pub promise: Option<Promise>,
     pub throttle_percent: u8,
+    /// The vCPUs that were slowed, and by how much; empty: all, by `throttle_percent`.
+    #[serde(default)]
+    pub throttled_vcpus: Vec<VcpuThrottle>,
 }
 
 impl Round {
@@ -120,6 +127,7 @@ impl Round {
             reason,
             promise,
             throttle_percent,
+            throttled_vcpus,
         } = next.clone();
         self.took += took;
         self.survey += survey;
@@ -130,6 +138,7 @@ impl Round {
         (self.dirty_pages, self.dirty_clusters) = (dirty_pages, dirty_clusters);
         self.remaining_bytes = remaining_bytes;
         (self.held_back_units, self.throttle_percent) = (held_back_units, throttle_percent);
+        self.throttled_vcpus = throttled_vcpus;
         (self.decision, self.reason) = (decision, reason);
         self.bandwidth_bytes_per_sec = bandwidth_bytes_per_sec;
         self.promise = promise.or(self.promise.take());

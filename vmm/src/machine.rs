@@ -26,8 +26,9 @@ use crate::crossing::DirtyLog;
 use crate::devices::Around;
 use crate::error::{Doing, MachineError, Result};
 use crate::kvm::dirty::{RegionLog, RegionRing};
-use crate::kvm::ring::{self, RingUse, Rings};
-use crate::kvm::vm::Vm;
+use crate::kvm::fault_cost;
+use crate::kvm::ring;
+use crate::kvm::vm::{Tracked, Vm};
 use crate::kvm::{self, Capabilities};
 use crate::lifecycle::{Event, Lifecycle, State, StopReason, next};
 use crate::memory::{self, regions};
@@ -92,6 +93,14 @@ pub struct Info {
     pub exits: Vec<u64>,
     /// What this host's KVM cannot do, one sentence each.
     pub without: Vec<String>,
+}
+
+/// What was done to one vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VcpuCost {
+    /// Kept from running by a throttle.
+    pub napped: Duration,
+    pub tracked: Tracked,
 }
 
 /// What a machine's consoles are connected to. A device writes to a clone of its hub and attaches itself for input,
@@ -363,9 +372,10 @@ impl Machine {
         }
     }
 
-    /// Keeps the vCPUs from running for so many per cent of the time (0 to 99), so that memory changes more slowly.
-    pub fn set_throttle(&self, percent: u8) {
-        self.throttle.set(percent);
+    /// Keeps each vCPU from running for so many per cent of the time (0 to 99), so that memory changes more slowly. Those
+    /// beyond the list run freely.
+    pub fn set_throttle(&self, percents: &[u8]) {
+        self.throttle.set(percents);
     }
 
     /// What KVM notes of writes to each region of memory, in the order of their addresses.
@@ -383,11 +393,23 @@ impl Machine {
         Ok(regions(&self.ram).into_iter().map(log).collect())
     }
 
-    /// What each vCPU's dirty ring noted since the machine was built here; empty without rings.
-    pub fn dirty_rings(&self) -> Vec<RingUse> {
+    /// What a write to a protected page costs a guest on this host; none where that cannot be measured. Takes some ten
+    /// milliseconds.
+    pub fn write_fault_cost(&self) -> Option<Duration> {
+        let measured = fault_cost::measure(&self.kvm, &self.caps, self.config.dirty_ring.is_some());
+        let measured = measured.inspect_err(|error| tracing::warn!("{error}"));
+        measured.ok().flatten()
+    }
+
+    /// What a crossing has cost each vCPU, as far as it is counted, since the machine was built here.
+    pub fn costs(&self) -> Vec<VcpuCost> {
         let body = self.body();
-        let rings = body.as_ref().and_then(|body| body.vm.rings.as_ref());
-        rings.map(Rings::used).unwrap_or_default()
+        let Some(body) = body.as_ref() else {
+            return Vec::new();
+        };
+        let napped = body.vcpus.iter().map(Vcpu::napped);
+        let cost = |(napped, tracked)| VcpuCost { napped, tracked };
+        napped.zip(body.vm.tracked()).map(cost).collect()
     }
 
     pub fn state(&self) -> State {

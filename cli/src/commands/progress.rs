@@ -3,6 +3,7 @@
 use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
 
+use ferry_migration::policy::VcpuThrottle;
 use ferry_migration::report::{Event, Promise};
 use ferry_vmm::crossing::request::CrossingLine;
 
@@ -119,12 +120,22 @@ impl Screen {
                 self.broken = None;
                 self.print("the link is back; the crossing goes on");
             }
-            Event::Throttle { percent, .. } => {
-                self.print(&format!("the machine's CPUs are slowed by {percent} %"))
-            }
+            Event::Throttle { percent, vcpus, .. } => self.print(&slowed(*percent, vcpus)),
             _ => {}
         }
     }
+}
+
+/// Which CPUs are slowed by how much.
+fn slowed(percent: u8, vcpus: &[VcpuThrottle]) -> String {
+    if vcpus.is_empty() {
+        return format!("the machine's CPUs are slowed by {percent} %");
+    }
+    let each: Vec<String> = vcpus
+        .iter()
+        .map(|slowed| format!("CPU {} by {} %", slowed.vcpu, slowed.percent))
+        .collect();
+    format!("the machine is slowed: {}", each.join(", "))
 }
 
 /// What is expected, for the line of progress.

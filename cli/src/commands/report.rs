@@ -170,13 +170,23 @@ fn guest(report: &Report) -> String {
         felt.push(format!("its clock fell behind by {}", milliseconds(behind)));
     }
     if !impact.throttled.is_zero() {
+        let each = impact.vcpus.iter().enumerate();
+        let each: Vec<String> = each
+            .filter(|(_, vcpu)| !vcpu.throttled.is_zero())
+            .map(|(number, vcpu)| format!("CPU {number} for {}", milliseconds(vcpu.throttled)))
+            .collect();
         felt.push(format!(
-            "its CPUs were held back for {}",
-            milliseconds(impact.throttled)
+            "its CPUs were held back for {} ({})",
+            milliseconds(impact.throttled),
+            each.join(", ")
         ));
     }
-    if let Some(faults) = impact.write_faults {
-        felt.push(format!("it lost {} to write faults", milliseconds(faults)));
+    if let Some(faults) = impact.write_fault_count {
+        let cost = match impact.write_faults {
+            Some(time) => format!(", which cost it some {}", milliseconds(time)),
+            None => String::new(),
+        };
+        felt.push(format!("it met {faults} write faults{cost}"));
     }
     if !impact.slowed_writes.is_zero() {
         let held = milliseconds(impact.slowed_writes);

@@ -142,6 +142,7 @@ impl Chief {
     fn report_sum(&mut self, now: u64) {
         self.sum += 1;
         let (seq, works, evidence) = (self.sum, self.plan.works, self.granted.evidence.is_some());
+        let cpus = self.cpus;
         let (gap, worst) = gap::take();
         serial::report(|l: &mut Line| {
             l.word("t", "sum")
@@ -199,7 +200,10 @@ impl Chief {
                     .number("stock_checked", balloon::CHECKED.load(Relaxed));
             }
             if works.spin {
-                l.number("spins", spin::ROUNDS.load(Relaxed));
+                let by_cpu = || spin::ROUNDS.iter().map(|rounds| rounds.load(Relaxed));
+                // A line has room for the first few.
+                l.number("spins", by_cpu().sum())
+                    .numbers("spins_by_cpu", by_cpu().take(cpus.min(8)));
             }
             l.number("timer", cpu::vector_count(cpu::TIMER_VECTOR))
                 .number("damaged", damage::count());

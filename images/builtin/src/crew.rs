@@ -154,6 +154,7 @@ impl<'a> Hiring<'a> {
                     Worker::Spinner(Spinner {
                         seed: plan.seed ^ (index as u64) << 32,
                         round: 0,
+                        cpu: index,
                     }),
                 );
             }

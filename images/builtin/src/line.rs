@@ -34,6 +34,17 @@ impl Line {
         self
     }
 
+    pub fn numbers(&mut self, key: &str, values: impl Iterator<Item = u64>) -> &mut Self {
+        self.key(key);
+        self.push(b'[');
+        for (i, value) in values.enumerate() {
+            let comma = if i == 0 { "" } else { "," };
+            let _ = write!(self, "{comma}{value}");
+        }
+        self.push(b']');
+        self
+    }
+
     pub fn flag(&mut self, key: &str, value: bool) -> &mut Self {
         self.key(key);
         let _ = self.write_str(if value { "true" } else { "false" });

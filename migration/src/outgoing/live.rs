@@ -58,7 +58,10 @@ impl Crossing<'_> {
             return Ok(None);
         };
         copying.history.switch_fixed = fixed;
-        copying.history.throttle_percent = self.throttled;
+        copying.history.throttle_percent = self.throttled.percent;
+        let machine = &mut self.world.machine;
+        let (pages, found) = (|| machine.vcpu_writes(), copying.memory_dirtied);
+        copying.history.vcpus = self.writers.look(clock.now(), &self.throttled, found, pages);
         copying.history.service = service;
         let history = copying.look(&self.cargo, clock);
         let (decision, reason) = policy::decide(history, &self.options.limits);
@@ -120,7 +123,7 @@ impl Crossing<'_> {
             Action::GoOn => {}
         }
         let eased = self
-            .throttle(decision.throttle.percent)
+            .throttle(&decision.throttle)
             .and(self.slow_writes(decision.slow_writes_bytes_per_sec));
         self.or_fail(eased)?;
         self.set_pace(&decision);

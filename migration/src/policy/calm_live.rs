@@ -148,10 +148,7 @@ fn copy(known: &Known, choice: Choice, slice: f64, history: &History) -> Decisio
     decision.fresh = true;
     decision.ask_again = Duration::from_secs_f64(slice);
     if history.throttle_percent > 0 {
-        decision.throttle = Throttle {
-            percent: history.throttle_percent,
-            vcpus: writers(history),
-        };
+        decision.throttle = Throttle::all(history.throttle_percent);
     }
     decision
 }
@@ -309,10 +306,7 @@ fn keep_the_contract(
     if stalled >= LOOK {
         let percent = throttle_for(known, history, limits);
         if percent > history.throttle_percent {
-            decision.throttle = Throttle {
-                percent,
-                vcpus: writers(history),
-            };
+            decision.throttle = Throttle::all(percent);
             let reason = Reason::Throttle {
                 percent,
                 dirty_bytes_per_sec: known.dirty,
@@ -351,23 +345,6 @@ fn throttle_for(known: &Known, history: &History, limits: &Limits) -> u8 {
     let step = f64::from(history.throttle_percent) + 10.0;
     let percent = (needed * 100.0).max(step).clamp(0.0, 99.0) as u8;
     percent.min(limits.most_throttle_percent)
-}
-
-/// The vCPUs that do most of the writing; all of them if nobody knows.
-fn writers(history: &History) -> Vec<u32> {
-    let total: f64 = history.vcpus.iter().map(|v| v.bytes_per_sec).sum();
-    let mut sorted = history.vcpus.clone();
-    sorted.sort_by(|a, b| b.bytes_per_sec.total_cmp(&a.bytes_per_sec));
-    let mut covered = 0.0;
-    let mut chosen = Vec::new();
-    for vcpu in sorted {
-        if covered >= 0.9 * total {
-            break;
-        }
-        covered += vcpu.bytes_per_sec;
-        chosen.push(vcpu.vcpu);
-    }
-    if total > 0.0 { chosen } else { Vec::new() }
 }
 
 /// Disk writes that come faster than everything can be copied are held to half of the copy.

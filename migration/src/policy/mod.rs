@@ -23,12 +23,14 @@ mod registry;
 pub mod stall;
 #[cfg(test)]
 mod tests;
+pub mod throttle;
 mod virtualbox;
 mod xen;
 
 pub use heat::{Group, Heat};
 pub use reason::Reason;
 pub use registry::{ALL, About, Policy, PolicyError};
+pub use throttle::{Throttle, VcpuThrottle};
 
 /// "All the link gives": a bandwidth nobody reaches.
 pub const UNLIMITED: u64 = u64::MAX;
@@ -87,11 +89,14 @@ pub struct ServiceUse {
     pub goes_first: Option<Duration>,
 }
 
-/// How much one vCPU writes, where it is known.
+/// How much of memory one vCPU makes dirty, where it is known.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VcpuWrites {
     pub vcpu: u32,
     pub bytes_per_sec: f64,
+    /// How much it was slowed then.
+    #[serde(default)]
+    pub throttle_percent: u8,
 }
 
 /// What is known when a decision is due.
@@ -124,7 +129,7 @@ pub struct History {
     pub waited: Duration,
     /// The throttle in force.
     pub throttle_percent: u8,
-    /// Which vCPUs write; empty if unknown.
+    /// Which vCPUs write; empty if that is not known well enough to be believed.
     pub vcpus: Vec<VcpuWrites>,
     /// How much of `remaining_bytes` is on disks, and how fast the machine writes there.
     pub disk_remaining_bytes: u64,
@@ -211,15 +216,6 @@ pub enum Order {
     ColdestFirst,
 }
 
-/// Slowing the guest down.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Throttle {
-    /// 0 ends throttling.
-    pub percent: u8,
-    /// Which vCPUs; empty: all.
-    pub vcpus: Vec<u32>,
-}
-
 /// What to do until the next question.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Decision {
@@ -279,7 +275,9 @@ pub fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
     let (mut decision, reason) =
         registry::deadline(history, limits).unwrap_or_else(|| limits.policy.decide(history, limits));
     decision.bandwidth_bytes_per_sec = limits.clamp(decision.bandwidth_bytes_per_sec);
-    decision.throttle.percent = decision.throttle.percent.min(limits.most_throttle_percent);
+    // However a policy comes to slow the machine, it is done where it helps.
+    let most = limits.most_throttle_percent;
+    decision.throttle = throttle::spread(decision.throttle.percent, history, most);
     (decision, reason)
 }
 

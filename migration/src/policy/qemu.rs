@@ -77,8 +77,5 @@ fn throttle(history: &History, limits: &Limits) -> Throttle {
             };
         }
     }
-    Throttle {
-        percent: percent.min(99).min(limits.most_throttle_percent),
-        vcpus: Vec::new(),
-    }
+    Throttle::all(percent.min(99).min(limits.most_throttle_percent))
 }

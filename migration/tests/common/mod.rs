@@ -478,8 +478,8 @@ impl OutgoingMachine for FakeOutgoing {
         Ok(())
     }
 
-    fn throttle(&mut self, percent: u8) -> Result<(), Reason> {
-        self.throttled = percent;
+    fn throttle(&mut self, throttle: &ferry_migration::policy::Throttle) -> Result<(), Reason> {
+        self.throttled = throttle.percent;
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use ferry_migration::failure::{Cause, Failure, Phase, Side, Whereabouts};
+use ferry_migration::policy::VcpuThrottle;
 use ferry_migration::report::{Conduct, Group, Probe, ProbeOutage, Report, Wrote};
 use ferry_network::namespace::Namespace;
 use ferry_tests::crossing::{Receiver, migrate, pair, runs_at, start};
@@ -45,11 +46,16 @@ fn every_field_of_the_report_is_in_the_schema_and_the_other_way_round() {
     });
     report.promise.get_or_insert_default();
     report.impact.write_faults = Some(ms);
+    report.impact.write_fault_count = Some(1);
+    for vcpu in &mut report.impact.vcpus {
+        vcpu.write_fault_count = Some(1);
+    }
     report.clock_behind = Some(ms);
     report.checks.compared = Some(true);
     for round in &mut report.rounds {
         round.promise.get_or_insert_default();
         round.bandwidth_bytes_per_sec = Some(1);
+        round.throttled_vcpus = vec![VcpuThrottle { vcpu: 1, percent: 5 }];
     }
     report.conduct = Some(Conduct {
         link_bytes_per_sec: Some(1),
@@ -91,6 +97,12 @@ fn a_report_of_an_older_version_is_read() {
         old.as_object_mut().unwrap().remove(newer).unwrap();
     }
     old["downtime"].as_object_mut().unwrap().remove("answer").unwrap();
+    for newer in ["write_fault_count", "vcpus"] {
+        old["impact"].as_object_mut().unwrap().remove(newer).unwrap();
+    }
+    for round in old["rounds"].as_array_mut().unwrap() {
+        round.as_object_mut().unwrap().remove("throttled_vcpus").unwrap();
+    }
     let host = Host::new();
     std::fs::write(host.file("old.json"), old.to_string()).unwrap();
     let shown = host

@@ -169,7 +169,7 @@ impl Crossings {
             // Settling says this of no machine.
             Whereabouts::Ended => {}
             Whereabouts::Here => {
-                machine.set_throttle(0);
+                machine.set_throttle(&[]);
                 take_back(machine).map_err(|reason| MachineError::Host(reason.to_string()))?;
                 for disk in machine.disks() {
                     disk.slow_writes(None);

@@ -3,15 +3,15 @@
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ferry_devices::disk::Disk;
 use ferry_devices::virtio::net::NetStats;
 use ferry_migration::block::{BlockId, Source};
 use ferry_migration::failure::{Cause, Reason};
 use ferry_migration::handover::{MachineId, RunPermit, SessionId};
-use ferry_migration::machine::{GuestImpact, MachineCard, OutgoingMachine};
-use ferry_migration::policy::ServiceUse;
+use ferry_migration::machine::{GuestImpact, MachineCard, OutgoingMachine, VcpuImpact};
+use ferry_migration::policy::{ServiceUse, Throttle};
 
 use super::card::Description;
 use super::settle::{Doubt, InDoubt, Place};
@@ -19,7 +19,7 @@ use super::{DiskSource, FreeMemory, MemorySource, Region, Unused};
 use crate::config::MachineConfig;
 use crate::error::MachineError;
 use crate::lifecycle::{State, StopReason};
-use crate::machine::Machine;
+use crate::machine::{Machine, VcpuCost};
 use crate::name::Name;
 
 /// A machine that is about to leave.
@@ -33,7 +33,8 @@ pub struct Leaving {
     ran: bool,
     /// The disks, by the numbers of their blocks.
     disks: Vec<(BlockId, Arc<Disk>)>,
-    throttle: Throttled,
+    /// What had been done to the vCPUs when the crossing began.
+    before: Vec<VcpuCost>,
     /// The switch has begun: the crossing holds the machine.
     held: bool,
     /// The interfaces are being taken down.
@@ -45,23 +46,6 @@ pub struct Leaving {
     doubt: Arc<Doubt>,
 }
 
-/// How long vCPUs were held back, all in all.
-#[derive(Default)]
-struct Throttled {
-    percent: u8,
-    since: Option<Instant>,
-    total: Duration,
-}
-
-impl Throttled {
-    fn set(&mut self, percent: u8) {
-        if let Some(since) = self.since.replace(Instant::now()) {
-            self.total += since.elapsed() * u32::from(self.percent) / 100;
-        }
-        self.percent = percent;
-    }
-}
-
 /// The disks and the network place of a machine that stays, after they were given up for the other side.
 pub(super) fn take_back(machine: &Machine) -> Result<(), Reason> {
     for disk in machine.disks() {
@@ -69,6 +53,21 @@ pub(super) fn take_back(machine: &Machine) -> Result<(), Reason> {
             .map_err(|error| Reason::new(Cause::Data, error.to_string()))?;
     }
     machine.join_network().map_err(failed)
+}
+
+/// How often a vCPU wrote to a page that was protected: exactly, with dirty rings; the page faults that KVM mended for it
+/// otherwise, which are hardly anything else while writes are tracked, on hosts that track by protecting.
+fn faults(cost: &VcpuCost) -> Option<u64> {
+    let ring = cost.tracked.ring.map(|ring| ring.pages);
+    ring.or(cost.tracked.faults)
+}
+
+fn felt((before, now): (&VcpuCost, &VcpuCost)) -> VcpuImpact {
+    let since = |(now, before): (u64, u64)| now.saturating_sub(before);
+    VcpuImpact {
+        throttled: now.napped.saturating_sub(before.napped),
+        write_fault_count: faults(now).zip(faults(before)).map(since),
+    }
 }
 
 fn failed(error: MachineError) -> Reason {
@@ -86,6 +85,7 @@ impl Leaving {
         doubt: Arc<Doubt>,
     ) -> Leaving {
         let ran = machine.state() == State::Running;
+        let before = machine.costs();
         Leaving {
             machine,
             id,
@@ -96,7 +96,7 @@ impl Leaving {
             doubt,
             ran,
             disks: Vec::new(),
-            throttle: Throttled::default(),
+            before,
             held: false,
             leaving: None,
             released: false,
@@ -199,9 +199,11 @@ impl OutgoingMachine for Leaving {
         self.machine.state().is_final()
     }
 
-    fn throttle(&mut self, percent: u8) -> Result<(), Reason> {
-        self.machine.set_throttle(percent);
-        self.throttle.set(percent);
+    fn throttle(&mut self, throttle: &Throttle) -> Result<(), Reason> {
+        let percents: Vec<u8> = (0..self.machine.config().cpus)
+            .map(|vcpu| throttle.of(vcpu))
+            .collect();
+        self.machine.set_throttle(&percents);
         Ok(())
     }
 
@@ -251,8 +253,7 @@ impl OutgoingMachine for Leaving {
     }
 
     fn resume(&mut self, _permit: &RunPermit) -> Result<(), Reason> {
-        self.machine.set_throttle(0);
-        self.throttle.set(0);
+        self.machine.set_throttle(&[]);
         self.machine
             .disks()
             .iter()
@@ -298,17 +299,35 @@ impl OutgoingMachine for Leaving {
         })
     }
 
+    fn vcpu_writes(&mut self) -> Option<Vec<u64>> {
+        self.machine.costs().iter().map(faults).collect()
+    }
+
     fn impact(&mut self) -> GuestImpact {
-        self.throttle.set(self.throttle.percent);
+        let now = self.machine.costs();
+        let vcpus: Vec<VcpuImpact> = self.before.iter().zip(&now).map(felt).collect();
+        let counts = vcpus.iter().map(|vcpu| vcpu.write_fault_count);
+        let count = counts.sum::<Option<u64>>().filter(|_| !vcpus.is_empty());
+        let cost = count
+            .filter(|count| *count > 0)
+            .map(|_| self.machine.write_fault_cost());
+        let waited = |costs: &[VcpuCost]| -> Duration {
+            let rings = costs.iter().filter_map(|cost| cost.tracked.ring);
+            rings.map(|ring| ring.waited).sum()
+        };
+        let waited = waited(&now).saturating_sub(waited(&self.before));
+        let lost = |(count, cost): (u64, Duration)| waited + cost.mul_f64(count as f64);
         GuestImpact {
-            throttled: self.throttle.total,
-            write_faults: None,
+            throttled: vcpus.iter().map(|vcpu| vcpu.throttled).sum(),
+            write_faults: count.zip(cost.flatten()).map(lost),
+            write_fault_count: count,
             slowed_writes: self
                 .machine
                 .disks()
                 .iter()
                 .map(|disk| disk.stats().held_by_crossing)
                 .sum(),
+            vcpus,
         }
     }
 }

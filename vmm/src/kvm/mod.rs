@@ -2,8 +2,10 @@
 
 pub mod caps;
 pub mod dirty;
+pub mod fault_cost;
 pub mod raw;
 pub mod ring;
+pub mod stats;
 pub mod vm;
 
 pub use caps::Capabilities;

@@ -2,15 +2,17 @@
 #![allow(unsafe_code)] // raw ioctls, and the two that kvm-ioctls marks unsafe
 
 use std::io;
+use std::os::fd::{FromRawFd as _, OwnedFd};
 
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Xsave, kvm_clear_dirty_log,
     kvm_clear_dirty_log__bindgen_ty_1, kvm_device_attr, kvm_userspace_memory_region, kvm_xsave,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
+ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
@@ -43,6 +45,15 @@ pub fn clear_dirty_log(vm: &VmFd, slot: u32, first_page: u64, pages: u32, bitmap
     // SAFETY: KVM reads ceil(pages/64) words from the bitmap, which is at least that long (checked above) and lives
     // through the call; it does not write through the pointer.
     checked(unsafe { ioctl_with_mut_ref(vm, KVM_CLEAR_DIRTY_LOG(), &mut clear) })
+}
+
+/// A file with what KVM counts of this vCPU.
+pub fn stats_fd(vcpu: &VcpuFd) -> io::Result<OwnedFd> {
+    // SAFETY: the ioctl has no argument.
+    let fd = unsafe { ioctl(vcpu, KVM_GET_STATS_FD()) };
+    checked(fd)?;
+    // SAFETY: a new descriptor, which nobody else knows of.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Plugs `size` bytes at `host` into the guest, or changes the flags of a slot plugged in before.

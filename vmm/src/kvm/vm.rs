@@ -1,8 +1,8 @@
 //! A virtual machine as KVM sees it: interrupt chips and memory slots, nothing that runs.
 #![allow(unsafe_code)] // plugging memory into KVM
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ferry_devices::ram::{PAGE_SIZE, Ram};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config};
@@ -10,15 +10,27 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::error::{Doing, MachineError, Result};
-use crate::kvm::ring::Rings;
+use crate::kvm::ring::{RingUse, Rings};
+use crate::kvm::stats::VcpuStats;
 use crate::kvm::{Capabilities, raw};
 use crate::layout;
+
+/// What is counted of one vCPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tracked {
+    /// With dirty rings.
+    pub ring: Option<RingUse>,
+    /// Page faults that KVM mended, whatever for.
+    pub faults: Option<u64>,
+}
 
 /// The VM and the memory plugged into it; the memory lives at least as long.
 pub struct Vm {
     pub fd: VmFd,
     /// Instead of the dirty log, if the machine was made so. Dropped before the memory: they keep the VM in the kernel.
     pub rings: Option<Rings>,
+    /// What KVM counts of each vCPU, in order; none where it does not.
+    stats: Mutex<Vec<Option<VcpuStats>>>,
     pub ram: Ram,
     /// One bit per slot whose writes are tracked.
     logging: AtomicU32,
@@ -66,6 +78,7 @@ impl Vm {
         let vm = Vm {
             fd,
             rings,
+            stats: Mutex::default(),
             ram: ram.clone(),
             logging: AtomicU32::new(0),
         };
@@ -75,7 +88,22 @@ impl Vm {
 
     /// Takes note of a new vCPU.
     pub(crate) fn add_vcpu(&self, vcpu: &VcpuFd) -> Result<()> {
+        let stats = VcpuStats::open(vcpu);
+        let stats = stats.inspect_err(|error| tracing::debug!("no statistics of a CPU: {error}"));
+        let mut all = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        all.push(stats.ok());
         self.rings.as_ref().map_or(Ok(()), |rings| rings.add(vcpu))
+    }
+
+    /// What the tracking of writes has cost each vCPU since it was made, as far as it is counted.
+    pub fn tracked(&self) -> Vec<Tracked> {
+        let rings = self.rings.as_ref().map(Rings::used);
+        let stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |(vcpu, stats): (usize, &Option<VcpuStats>)| Tracked {
+            ring: rings.as_ref().and_then(|used| used.get(vcpu).copied()),
+            faults: stats.as_ref().and_then(|stats| stats.faults().ok()),
+        };
+        stats.iter().enumerate().map(of).collect()
     }
 
     /// Empties the rings, for a vCPU that cannot go on before.

@@ -60,6 +60,8 @@ struct Shared {
     thread: ThreadId,
     /// Per cent of the time that the vCPU must not run.
     throttle: AtomicU8,
+    /// For how long it was kept from running by that, in nanoseconds.
+    napped: AtomicU64,
     exits: AtomicU64,
 }
 
@@ -100,6 +102,7 @@ impl Vcpu {
             gate: Gate::new(),
             thread: ThreadId::default(),
             throttle: AtomicU8::new(0),
+            napped: AtomicU64::new(0),
             exits: AtomicU64::new(0),
         });
         let thread = std::thread::Builder::new()
@@ -176,6 +179,11 @@ impl Vcpu {
         self.shared.exits.load(Ordering::Relaxed)
     }
 
+    /// For how long it was kept from running by a throttle, since it was made.
+    pub fn napped(&self) -> Duration {
+        Duration::from_nanos(self.shared.napped.load(Ordering::Relaxed))
+    }
+
     /// For whoever slows the vCPU down.
     pub(crate) fn napper(&self) -> Napper {
         Napper(self.shared.clone())
@@ -230,8 +238,11 @@ fn run(index: u32, shared: &Shared, vm: &Vm, around: &Surroundings) {
             Wish::Run => {
                 let percent = u32::from(shared.throttle.load(Ordering::Relaxed));
                 if percent > 0 && last_nap.elapsed() >= THROTTLE_PERIOD {
+                    let begun = Instant::now();
                     shared.gate.nap(THROTTLE_PERIOD * percent / (100 - percent));
                     last_nap = Instant::now();
+                    let napped = u64::try_from((last_nap - begun).as_nanos()).unwrap_or(u64::MAX);
+                    shared.napped.fetch_add(napped, Ordering::Relaxed);
                 }
                 has_run = true;
                 shared.exits.fetch_add(1, Ordering::Relaxed);

@@ -12,3 +12,4 @@ mod memory;
 mod net;
 mod ring;
 mod vcpu_state;
+mod writers;

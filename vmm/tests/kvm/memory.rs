@@ -92,7 +92,7 @@ fn a_throttled_guest_does_less_and_still_pauses_at_once() {
     spins(&mut guest);
     let first = spins(&mut guest);
     let free = spins(&mut guest) - first;
-    guest.machine.set_throttle(90);
+    guest.machine.set_throttle(&[90, 90]);
     spins(&mut guest);
     let first = spins(&mut guest);
     let slow = spins(&mut guest) - first;
@@ -105,7 +105,7 @@ fn a_throttled_guest_does_less_and_still_pauses_at_once() {
     );
     guest.machine.resume().unwrap();
     guest.machine.pulse().unwrap();
-    guest.machine.set_throttle(0);
+    guest.machine.set_throttle(&[]);
     spins(&mut guest);
     let first = spins(&mut guest);
     let again = spins(&mut guest) - first;

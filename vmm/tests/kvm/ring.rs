@@ -10,7 +10,7 @@ use crate::dirty::Watch;
 use crate::harness::{Guest, config, number, skip};
 
 /// True when this host cannot do it and the test may say so.
-fn no_rings() -> bool {
+pub(crate) fn no_rings() -> bool {
     if skip() {
         return true;
     }
@@ -104,10 +104,11 @@ fn full_rings_of_four_cpus_lose_nothing() {
         );
     }
     watch.end();
-    let used = guest.machine.dirty_rings();
-    eprintln!("{used:?}");
-    assert_eq!(used.len(), 4);
-    for RingUse { pages, full, waited } in used {
+    let costs = guest.machine.costs();
+    eprintln!("{costs:?}");
+    assert_eq!(costs.len(), 4);
+    for cost in costs {
+        let RingUse { pages, full, waited } = cost.tracked.ring.unwrap();
         assert!(
             full > 0 && pages > u64::from(LEAST_ENTRIES) && waited > Duration::ZERO,
             "a ring was never full"

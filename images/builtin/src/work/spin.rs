@@ -6,14 +6,17 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::Next;
 use crate::content::mix;
+use crate::cpu::MAX_CPUS;
 use crate::damage::{self, Damage};
 
-pub static ROUNDS: AtomicU64 = AtomicU64::new(0);
+/// By vCPU.
+pub static ROUNDS: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 const TURNS: u64 = 50_000;
 
 pub struct Spinner {
     pub seed: u64,
     pub round: u64,
+    pub cpu: usize,
 }
 
 impl Spinner {
@@ -44,7 +47,9 @@ impl Spinner {
                 });
             }
         }
-        ROUNDS.fetch_add(1, Ordering::Relaxed);
+        if let Some(rounds) = ROUNDS.get(self.cpu) {
+            rounds.fetch_add(1, Ordering::Relaxed);
+        }
         Next::Now
     }
 }

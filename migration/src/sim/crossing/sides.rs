@@ -9,7 +9,7 @@ use crate::block::{BlockId, Sink, Source};
 use crate::failure::{Reason, Side};
 use crate::handover::{Ledger, LedgerId, MachineId, Record, RunPermit, SessionId};
 use crate::machine::{GuestImpact, IncomingMachine, MachineCard, Offer, OutgoingMachine};
-use crate::policy::ServiceUse;
+use crate::policy::{ServiceUse, Throttle};
 
 const MACHINE: MachineId = MachineId([0x51; 16]);
 
@@ -56,8 +56,10 @@ impl OutgoingMachine for Here {
         self.world.lock().service()
     }
 
-    fn throttle(&mut self, percent: u8) -> Result<(), Reason> {
-        self.world.lock().set_throttle(f64::from(percent) / 100.0);
+    fn throttle(&mut self, throttle: &Throttle) -> Result<(), Reason> {
+        self.world
+            .lock()
+            .set_throttle(f64::from(throttle.percent) / 100.0);
         Ok(())
     }
 
@@ -97,8 +99,8 @@ impl OutgoingMachine for Here {
         let world = self.world.lock();
         GuestImpact {
             throttled: Duration::from_secs_f64(world.throttled_secs),
-            write_faults: None,
             slowed_writes: Duration::from_secs_f64(world.held_back_secs),
+            ..GuestImpact::default()
         }
     }
 }
