@@ -278,13 +278,12 @@ impl Copying {
                 Some(known) => Some(known.max(rate)),
                 None => Some(rate),
             };
+            self.history.carried_bytes_per_sec = None;
         }
-        if paced && carried.wire_bytes() > 0 && !time.is_zero() {
-            // What buffers took at once was not carried.
-            let most = decision.bandwidth_bytes_per_sec as f64;
-            let rate = (carried.wire_bytes() as f64 / time.as_secs_f64()).min(most);
-            let known = self.history.carried_bytes_per_sec.unwrap_or(0.0);
-            self.history.carried_bytes_per_sec = Some(known.max(rate));
+        if paced {
+            let known = self.history.carried_bytes_per_sec;
+            let rate = carried.wire_bytes() as f64 / time.as_secs_f64().max(1e-9);
+            self.history.carried_bytes_per_sec = policy::carried(known, rate, decision);
         }
         if decision.waiting {
             self.history.waited += time;

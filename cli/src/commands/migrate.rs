@@ -49,7 +49,7 @@ pub struct MigrateArgs {
     /// Cancel the crossing that goes on; the machine stays
     #[arg(long, conflicts_with = "destination")]
     pub cancel: bool,
-    /// How bandwidth and the moment to stop are chosen: calm-live, calm-adaptive, calm-fixed, qemu, cloud-hypervisor, virtualbox, xen-basic, xen-code, max, fixed:RATE [default: max, or calm-live with --sla]
+    /// How bandwidth and the moment to stop are chosen: calm-live, calm-adaptive, calm-fixed, qemu, cloud-hypervisor, virtualbox, xen-basic, xen-code, max, fixed:RATE [default: max, or calm-live with --sla or --throttle]
     #[arg(long, value_name = "P")]
     pub policy: Option<Policy>,
     /// What the machine's service promises its clients: rate=20/s,size=1MB,deadline=1s; or table=FILE
@@ -61,9 +61,9 @@ pub struct MigrateArgs {
     /// Never copy faster than this while the machine runs
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub bandwidth: Option<u64>,
-    /// How long the machine may stand still
-    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = time)]
-    pub downtime: Duration,
+    /// How long the machine may stand still; calm-live weighs a default, and keeps what is given [default: 300ms]
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub downtime: Option<Duration>,
     /// How long the crossing may take, from the moment it is asked for to the switch
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub deadline: Option<Duration>,
@@ -138,6 +138,9 @@ fn action(text: &str) -> Result<DeadlineAction, String> {
     }
 }
 
+/// What a machine may stand still if nobody says anything.
+const DOWNTIME: Duration = Duration::from_millis(300);
+
 fn compression(text: &str) -> Result<Compression, String> {
     match text {
         "auto" => Ok(Compression::Auto),
@@ -149,7 +152,7 @@ fn compression(text: &str) -> Result<Compression, String> {
 
 impl MigrateArgs {
     fn limits(&self) -> Limits {
-        let policy = self.policy.unwrap_or(if self.sla.is_some() {
+        let policy = self.policy.unwrap_or(if self.sla.is_some() || self.throttle > 0 {
             Policy::CalmLive
         } else {
             Policy::Max
@@ -158,7 +161,9 @@ impl MigrateArgs {
             policy,
             link_bytes_per_sec: self.link,
             most_bandwidth_bytes_per_sec: self.bandwidth,
-            downtime: self.downtime,
+            downtime: self.downtime.unwrap_or(DOWNTIME),
+            // Whoever allows the machine to be slowed down for it means it.
+            downtime_is_contract: self.downtime.is_some() || self.throttle > 0,
             deadline: self.deadline,
             on_deadline: self.on_deadline,
             cost: self.sla.clone().unwrap_or_else(Cost::unknown),

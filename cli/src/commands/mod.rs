@@ -23,4 +23,5 @@ pub mod resolve;
 pub mod resume;
 pub mod run;
 mod run_detached;
+mod standstill;
 pub mod stop;

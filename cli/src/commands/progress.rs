@@ -8,6 +8,7 @@ use ferry_migration::report::{Event, Promise};
 use ferry_vmm::crossing::request::CrossingLine;
 
 use super::migrate::{bytes, milliseconds, seconds};
+use super::standstill::Standstill;
 
 /// Progress: one line that changes on a terminal, lines otherwise, or JSON.
 pub(super) struct Screen {
@@ -18,6 +19,7 @@ pub(super) struct Screen {
     rate: f64,
     /// Why the link broke, as it was said last.
     broken: Option<String>,
+    standstill: Standstill,
 }
 
 impl Screen {
@@ -30,6 +32,7 @@ impl Screen {
             last: (Duration::ZERO, 0),
             rate: 0.0,
             broken: None,
+            standstill: Standstill::default(),
         }
     }
 
@@ -107,6 +110,9 @@ impl Screen {
                     round.reason
                 );
                 self.print(&text);
+                if let Some(text) = self.standstill.after(round) {
+                    self.print(&text);
+                }
             }
             // Many tries may fail for the same reason.
             Event::Reconnecting { why, .. } if self.broken.as_ref() == Some(why) => {}

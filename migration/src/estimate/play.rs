@@ -214,9 +214,9 @@ impl<'a> Player<'a> {
         let history = &mut self.history;
         if !paced && sent > 0.0 {
             history.link_bytes_per_sec = Some(self.ground.link_bytes_per_sec);
-        } else if secs > 0.0 {
-            history.carried_bytes_per_sec =
-                Some(history.carried_bytes_per_sec.unwrap_or(0.0).max(sent / secs));
+        } else {
+            let rate = sent / secs.max(1e-9);
+            history.carried_bytes_per_sec = policy::carried(history.carried_bytes_per_sec, rate, decision);
         }
         history.throttle_percent = decision.throttle.percent;
         let time = Duration::from_secs_f64(secs);

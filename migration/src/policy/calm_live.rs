@@ -137,8 +137,10 @@ pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
 
 /// Coldest first, a slice, with the throttle as it is.
 fn copy(known: &Known, choice: Choice, slice: f64, history: &History) -> Decision {
-    let bandwidth = if choice.yields {
-        known.link
+    // All of a link that was measured once, in a bad moment perhaps, is a little more than that: what it carries is only
+    // seen by trying.
+    let bandwidth = if choice.yields || choice.bandwidth >= 0.99 * known.link {
+        known.link * 1.25
     } else {
         choice.bandwidth
     };
@@ -285,12 +287,12 @@ fn keep_the_contract(
     limit: f64,
 ) -> (Decision, Reason) {
     let room = (limit - history.switch_fixed.as_secs_f64()).max(0.0) * known.link;
-    let stalled = super::stall::stalled(history);
+    let (stuck, stalled) = (super::stall::stuck(history), super::stall::stalled(history));
     // The contract comes before the service level: as fast as it takes, and all the link if that is too slow.
     let cheapest = limits
         .cost
         .cheapest(known.link, known.dirty, known.time_price, known.load);
-    let bandwidth = if stalled >= LOOK {
+    let bandwidth = if stuck >= LOOK {
         known.link
     } else {
         cheapest
@@ -303,7 +305,7 @@ fn keep_the_contract(
         yields: false,
     };
     let mut decision = copy(known, choice, SLICE.as_secs_f64(), history);
-    if stalled >= LOOK {
+    if stuck >= LOOK {
         let percent = throttle_for(known, history, limits);
         if percent > history.throttle_percent {
             decision.throttle = Throttle::all(percent);

@@ -120,7 +120,8 @@ pub struct History {
     pub groups: Vec<Group>,
     /// What the link carried when nothing held the data back, lately. `None` until it was seen.
     pub link_bytes_per_sec: Option<f64>,
-    /// The fastest it went while a limit held the data back: the link carries at least that. `None` until it was seen.
+    /// The fastest it went while a limit held the data back, since the link itself was seen last: the link carries at
+    /// least that.
     pub carried_bytes_per_sec: Option<f64>,
     pub service: Option<ServiceUse>,
     /// What the switch takes apart from copying the rest: pausing, device state, verifying, resuming.
@@ -281,6 +282,16 @@ pub fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
     (decision, reason)
 }
 
+/// What is known to have been carried under a limit, after another slice at `rate`. Only a slice that came near its limit
+/// says something of the link; what buffers took at once above it was not carried.
+pub fn carried(known: Option<f64>, rate: f64, decision: &Decision) -> Option<f64> {
+    let limit = decision.bandwidth_bytes_per_sec as f64;
+    if rate < 0.9 * limit {
+        return known;
+    }
+    Some(rate.min(limit).max(known.unwrap_or(0.0)))
+}
+
 impl History {
     /// Wire bytes per copied byte, lately: what zero pages and compression make of the data.
     pub fn wire_ratio(&self) -> f64 {
@@ -337,14 +348,17 @@ impl Limits {
     /// What the link carries: as stated, less if less was measured; what it surely carries where a limit never lets it
     /// show more; `None` if nothing is known yet.
     pub fn link(&self, history: &History) -> Option<f64> {
-        let measured = history.link_bytes_per_sec.filter(|b| b.is_finite() && *b >= 1.0);
+        let sane = |rate: &f64| rate.is_finite() && *rate >= 1.0;
+        let measured = history.link_bytes_per_sec.filter(sane);
+        let carried = history.carried_bytes_per_sec.filter(sane);
+        let seen = match (measured, carried) {
+            (Some(measured), Some(carried)) => Some(measured.max(carried)),
+            _ => measured.or(carried),
+        };
         match (self.link_bytes_per_sec, measured) {
-            (Some(stated), Some(measured)) => Some(measured.min(stated.max(1) as f64)),
+            (Some(stated), Some(_)) => seen.map(|seen| seen.min(stated.max(1) as f64)),
             (Some(stated), None) => Some(stated.max(1) as f64),
-            (None, Some(measured)) => Some(measured),
-            (None, None) => history
-                .carried_bytes_per_sec
-                .filter(|b| b.is_finite() && *b >= 1.0),
+            (None, _) => seen,
         }
     }
 

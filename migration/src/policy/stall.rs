@@ -10,27 +10,86 @@ use super::{History, Sample};
 /// Slices before a sudden loss of bandwidth do not count: at a slower copy more gets dirty, and what remains is
 /// only comparable to what remained at the same speed.
 pub fn progress(history: &History) -> (Duration, f64) {
+    let brought = brought(history);
+    (brought.since, brought.on_average)
+}
+
+struct Brought {
+    since: Duration,
+    /// How much less remained in the younger half than in the older one.
+    on_average: f64,
+    /// The same for the least that remained.
+    at_best: f64,
+}
+
+impl Brought {
+    fn unless(&self, gained: f64, history: &History) -> Duration {
+        if gained > 0.02 * history.remaining_bytes as f64 {
+            Duration::ZERO
+        } else {
+            self.since
+        }
+    }
+}
+
+fn brought(history: &History) -> Brought {
+    let nothing = Brought {
+        since: Duration::ZERO,
+        on_average: 0.0,
+        at_best: 0.0,
+    };
     let Some(last) = history.samples.last().filter(|_| !link_is_silent(history)) else {
-        return (Duration::ZERO, 0.0);
+        return nothing;
     };
     let speed = |s: &Sample| s.wire_bytes as f64 / s.time.as_secs_f64().max(1e-9);
     let now = speed(last);
     let alike = |s: &&Sample| s.throttle_percent == last.throttle_percent && speed(s) < 2.0 * now.max(1.0);
     let like: Vec<&Sample> = history.samples.iter().rev().take_while(alike).collect();
     let since: Duration = like.iter().map(|s| s.time).sum();
-    let (mut young, mut old) = ((0.0, 0.0), (0.0, 0.0));
+    let (mut young, mut old) = (Half::default(), Half::default());
     let mut age = Duration::ZERO;
     for sample in like {
-        let half = if age < since / 2 { &mut young } else { &mut old };
-        let secs = sample.time.as_secs_f64();
-        half.0 += sample.remaining_bytes as f64 * secs;
-        half.1 += secs;
+        if age < since / 2 { &mut young } else { &mut old }.add(sample);
         age += sample.time;
     }
-    if old.1 <= 0.0 || young.1 <= 0.0 {
-        return (Duration::ZERO, 0.0);
+    match (young.mean(), old.mean()) {
+        (Some(young_mean), Some(old_mean)) => Brought {
+            since,
+            on_average: old_mean - young_mean,
+            at_best: old.least - young.least,
+        },
+        _ => nothing,
     }
-    (since, old.0 / old.1 - young.0 / young.1)
+}
+
+/// What remained in some slices.
+struct Half {
+    byte_secs: f64,
+    secs: f64,
+    least: f64,
+}
+
+impl Default for Half {
+    fn default() -> Self {
+        Self {
+            byte_secs: 0.0,
+            secs: 0.0,
+            least: f64::INFINITY,
+        }
+    }
+}
+
+impl Half {
+    fn add(&mut self, sample: &Sample) {
+        let (bytes, secs) = (sample.remaining_bytes as f64, sample.time.as_secs_f64());
+        self.byte_secs += bytes * secs;
+        self.secs += secs;
+        self.least = self.least.min(bytes);
+    }
+
+    fn mean(&self) -> Option<f64> {
+        (self.secs > 0.0).then(|| self.byte_secs / self.secs)
+    }
 }
 
 /// Whether the last slice should have carried something and carried nothing: the link is interrupted, which says
@@ -44,12 +103,15 @@ pub fn link_is_silent(history: &History) -> bool {
 
 /// For how long nothing has been gained, 2 % being nothing. Zero while what remains falls.
 pub fn stalled(history: &History) -> Duration {
-    let (since, gained) = progress(history);
-    if gained > 0.02 * history.remaining_bytes as f64 {
-        Duration::ZERO
-    } else {
-        since
-    }
+    let brought = brought(history);
+    brought.unless(brought.on_average, history)
+}
+
+/// The same, sooner: where what remains goes up and down a better average may be chance, so the least that remained must
+/// have fallen, too. Enough to do more for the crossing, too little to give it up.
+pub fn stuck(history: &History) -> Duration {
+    let brought = brought(history);
+    brought.unless(brought.on_average.min(brought.at_best), history)
 }
 
 /// Half a second or more of the guest's writing.

@@ -402,7 +402,7 @@ fn slices(list: &[(u64, u64)]) -> History {
 
 #[test]
 fn a_stall_is_time_without_progress_but_not_a_slower_link() {
-    use super::stall::stalled;
+    use super::stall::{stalled, stuck};
     let falling: Vec<_> = (0..60).map(|i| (1 << 20, (200 - i) << 20)).collect();
     assert_eq!(stalled(&slices(&falling)), Duration::ZERO);
     assert_eq!(
@@ -413,6 +413,18 @@ fn a_stall_is_time_without_progress_but_not_a_slower_link() {
     let mut dropped = vec![(1 << 20, 100 << 20); 60];
     dropped.extend([(1 << 18, 150 << 20); 5]);
     assert_eq!(stalled(&slices(&dropped)), Duration::from_millis(500));
+    // Up and down around the same least: the average of the younger half is better by chance.
+    let waves = |n: u64| {
+        60 + if n < 30 {
+            40 * (n % 10) / 10
+        } else {
+            20 * (n % 10) / 10
+        }
+    };
+    let waving: Vec<_> = (0..60).map(|n| (1 << 20, waves(n) << 20)).collect();
+    assert_eq!(stalled(&slices(&waving)), Duration::ZERO);
+    assert_eq!(stuck(&slices(&waving)), Duration::from_secs(6));
+    assert_eq!(stuck(&slices(&falling)), Duration::ZERO);
     // A throttle just set has to show what it does first.
     let mut history = slices(&[(1 << 20, 100 << 20); 60]);
     history.samples[59].throttle_percent = 20;
@@ -606,4 +618,25 @@ proptest! {
         prop_assert!(!sentence.is_empty() && !sentence.contains("NaN"), "{}", sentence);
         prop_assert!(serde_json::to_string(&(&history.rounds, &decision, &reason)).is_ok());
     }
+}
+
+/// A link that seemed slow in its first moments stayed slow for calm-live, which never went faster than it had seen.
+#[test]
+fn a_link_that_was_underestimated_is_found_out() {
+    let mut limits = limits(Policy::CalmLive);
+    limits.link_bytes_per_sec = None;
+    limits.cost = Cost::unknown();
+    let mut history = slices(&[(1 << 20, 200_000_000); 20]);
+    history.link_bytes_per_sec = Some(1e6);
+    for _ in 0..40 {
+        let decision = decide(&history, &limits).0;
+        let rate = (decision.bandwidth_bytes_per_sec as f64).min(1e8);
+        if decision.bandwidth_bytes_per_sec as f64 > 1e8 {
+            history.link_bytes_per_sec = Some(rate);
+            history.carried_bytes_per_sec = None;
+        } else {
+            history.carried_bytes_per_sec = carried(history.carried_bytes_per_sec, rate, &decision);
+        }
+    }
+    assert!(limits.link(&history) > Some(0.9e8), "{:?}", limits.link(&history));
 }

@@ -13,7 +13,7 @@ use super::link::{Link, Sharing};
 use super::trace::Trace;
 use crate::policy::heat::Heat;
 use crate::policy::{
-    Action, Decision, History, Limits, Order, Policy, Reason, Round, Sample, ServiceUse, decide,
+    self, Action, Decision, History, Limits, Order, Policy, Reason, Round, Sample, ServiceUse, decide,
 };
 use crate::units::UnitSet;
 
@@ -477,9 +477,10 @@ impl<'a> Run<'a> {
         let paced = decision.bandwidth_bytes_per_sec as f64 <= capacity;
         if !paced && !decision.yield_to_service {
             self.history.link_bytes_per_sec = Some(rate);
-        } else if paced && took > 0.0 {
-            let known = self.history.carried_bytes_per_sec.unwrap_or(0.0);
-            self.history.carried_bytes_per_sec = Some(known.max(wire / took));
+            self.history.carried_bytes_per_sec = None;
+        } else if paced {
+            let known = self.history.carried_bytes_per_sec;
+            self.history.carried_bytes_per_sec = policy::carried(known, wire / took.max(1e-9), decision);
         }
         let samples = &mut self.history.samples;
         if samples.len() >= SAMPLES {
