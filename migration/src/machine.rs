@@ -30,7 +30,7 @@ pub struct GuestImpact {
     /// Time lost to throttling, of all vCPUs together.
     pub throttled: Duration,
     /// Time lost to the tracking of writes, of all vCPUs together, where it can be measured: the number of write faults
-    /// times what one costs on this host, and the waits for full dirty rings.
+    /// times what one costs on this host, and the waits for full dirty rings; where there were enough to matter.
     pub write_faults: Option<Duration>,
     /// How often a vCPU wrote to a page that was protected, where that is counted.
     #[serde(default)]

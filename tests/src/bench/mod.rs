@@ -24,6 +24,8 @@ pub struct Scenario {
     pub downtime: Duration,
     /// How long a crossing may take before it counts as one that did not end.
     pub patience: Duration,
+    /// Whether each contestant moves it once more with leave to slow the guest down.
+    pub slowing: bool,
 }
 
 /// What one crossing cost, as far as it can be seen from outside.

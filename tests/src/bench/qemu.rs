@@ -19,6 +19,8 @@ pub enum Flavour {
     Default,
     /// Two channels.
     Multifd,
+    /// May slow the guest's vCPUs down.
+    AutoConverge,
 }
 
 struct Qemu {
@@ -138,6 +140,12 @@ pub fn cross(dir: &Path, guest: &Path, scenario: &Scenario, flavour: Flavour) ->
     );
     std::thread::sleep(scenario.warm_up);
     for side in [&mut out, &mut into] {
+        if flavour == Flavour::AutoConverge {
+            side.call(
+                "migrate-set-capabilities",
+                json!({ "capabilities": [{ "capability": "auto-converge", "state": true }] }),
+            )?;
+        }
         if flavour == Flavour::Multifd {
             side.call(
                 "migrate-set-capabilities",

@@ -20,6 +20,7 @@ fn scenarios() -> Vec<Scenario> {
         link_bytes_per_sec: None,
         downtime: Duration::from_millis(300),
         patience: Duration::from_secs(60),
+        slowing: false,
     };
     let never = "work=allocator memory=512M wws=60 rate=max order=seq random=50 heartbeat=10ms";
     vec![
@@ -43,6 +44,7 @@ fn scenarios() -> Vec<Scenario> {
         Scenario {
             name: "writes faster than the link, 1 Gbit/s",
             work: never,
+            slowing: true,
             link_bytes_per_sec: Some(125_000_000),
             ..base.clone()
         },
@@ -82,6 +84,10 @@ fn main() -> Result<()> {
     let guest = dir.path().join("guest.elf");
     std::fs::write(&guest, ferry_images::BUILTIN_GUEST)?;
     let plain = ferry::Flavour { name: "", words: &[] };
+    let slowing = ferry::Flavour {
+        name: "-slowing",
+        words: &["--throttle", "99"],
+    };
     let mut all = Vec::new();
     for scenario in scenarios().into_iter().filter(|scenario| {
         only.as_ref()
@@ -95,6 +101,17 @@ fn main() -> Result<()> {
         for _ in 0..rounds {
             if binary.as_os_str() != "none" {
                 outcomes.push(ferry::cross(&binary, dir.path(), &scenario, &plain)?);
+                if scenario.slowing {
+                    outcomes.push(ferry::cross(&binary, dir.path(), &scenario, &slowing)?);
+                }
+            }
+            if scenario.slowing {
+                outcomes.push(qemu::cross(
+                    dir.path(),
+                    &guest,
+                    &scenario,
+                    qemu::Flavour::AutoConverge,
+                )?);
             }
             outcomes.push(qemu::cross(
                 dir.path(),
