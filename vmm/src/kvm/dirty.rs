@@ -86,9 +86,10 @@ impl RegionRing {
         )
     }
 
-    fn take(&self, words: &mut [u64]) -> Result<(), String> {
+    /// Adds the pages that were written; `false`: there are others that nobody watches.
+    fn take(&self, words: &mut [u64]) -> Result<bool, String> {
         let Some(rings) = &self.vm.rings else {
-            return Ok(());
+            return Ok(true);
         };
         rings
             .take(&self.vm.fd, self.region.slot, words)
@@ -97,28 +98,46 @@ impl RegionRing {
 
     /// What is left from an earlier time says nothing.
     fn forget(&self) -> Result<(), String> {
-        self.take(&mut vec![0; self.region.pages().div_ceil(64) as usize])
+        let pages = self.region.pages().div_ceil(64) as usize;
+        self.take(&mut vec![0; pages]).map(|_watched| ())
+    }
+
+    fn switch(&self, on: bool) -> Result<(), String> {
+        let verb = if on { "switched on" } else { "switched off" };
+        self.vm
+            .log_dirty_pages(self.region.slot, on)
+            .map_err(|e| self.failed(verb, e))
     }
 }
 
 impl DirtyLog for RegionRing {
     fn start(&self) -> Result<(), String> {
         self.forget()?;
-        self.vm
-            .log_dirty_pages(self.region.slot, true)
-            .map_err(|e| self.failed("switched on", e))
+        self.switch(true)
     }
 
     fn stop(&self) {
-        let off = self.vm.log_dirty_pages(self.region.slot, false);
-        let off = off.map_err(|e| self.failed("switched off", e));
-        if let Err(sentence) = off.and_then(|()| self.forget()) {
+        if let Err(sentence) = self.switch(false).and_then(|()| self.forget()) {
             tracing::warn!("{sentence}");
         }
     }
 
     fn survey(&self, words: &mut [u64]) -> Result<(), String> {
-        self.take(words)
+        if !self.take(words)? {
+            tracing::warn!(
+                "KVM was interrupted when it protected memory at {:#x} anew; all of it counts as written",
+                self.region.guest
+            );
+            // Switched on, KVM protects every page.
+            self.switch(false)?;
+            self.switch(true)?;
+            let pages = self.region.pages();
+            for (index, word) in words.iter_mut().enumerate() {
+                let here = pages.saturating_sub(index as u64 * 64);
+                *word = if here < 64 { (1 << here) - 1 } else { u64::MAX };
+            }
+        }
+        Ok(())
     }
 
     fn clear(&self, _: usize, _: &[u64]) -> Result<(), String> {

@@ -103,6 +103,10 @@ fn full_rings_of_four_cpus_lose_nothing() {
             "the guest wrote too little"
         );
     }
+    // Signals that stop the CPUs meet threads that are at emptying a ring.
+    for _ in 0..20 {
+        watch.round(&guest, || std::thread::sleep(Duration::from_millis(15)));
+    }
     watch.end();
     let costs = guest.machine.costs();
     eprintln!("{costs:?}");
