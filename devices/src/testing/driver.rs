@@ -15,7 +15,12 @@ const BUFFERS_END: u64 = 5 << 20;
 
 pub(crate) const STATUS: u64 = 0x14;
 pub(crate) const QUEUE_SELECT: u64 = 0x16;
-const QUEUE_RESET: u64 = 0x3a;
+pub(crate) const QUEUE_ENABLE: u64 = 0x1c;
+pub(crate) const QUEUE_RESET: u64 = 0x3a;
+
+const VERSION_1: u64 = 1 << 32;
+/// The feature that lets a driver reset one queue alone.
+pub(crate) const RING_RESET: u64 = 1 << 40;
 
 /// A piece of memory for a request.
 #[derive(Debug, Clone, Copy)]
@@ -107,8 +112,7 @@ impl Driver {
             common(0, half, 4);
             offered |= guest.read(self.common + 4, 4) << (32 * half);
         }
-        // The transport's own: VERSION_1 and RING_RESET.
-        self.features = offered & (wanted | 1 << 32 | 1 << 40);
+        self.features = offered & (wanted | VERSION_1);
         for half in 0..2 {
             common(8, half, 4);
             common(0xc, self.features >> (32 * half), 4);
@@ -132,7 +136,7 @@ impl Driver {
             }
             common(0x1a, index + 1, 2);
             assert_eq!(guest.read(self.common + 0x1a, 2), index + 1);
-            common(0x1c, 1, 2);
+            common(QUEUE_ENABLE, 1, 2);
             self.queues.push(queue);
         }
         assert!(ring <= BUFFERS, "the rings need more room");
@@ -155,7 +159,11 @@ impl Driver {
             0,
             "it is still being reset"
         );
-        assert_eq!(guest.read(self.common + 0x1c, 2), 0, "it is still enabled");
+        assert_eq!(
+            guest.read(self.common + QUEUE_ENABLE, 2),
+            0,
+            "it is still enabled"
+        );
     }
 
     /// Sets a queue up anew, with empty rings of half its size in the same place.
@@ -171,8 +179,8 @@ impl Driver {
             common(offset + 4, value >> 32, 4);
         }
         common(0x1a, u64::from(index) + 1, 2);
-        common(0x1c, 1, 2);
-        assert_eq!(guest.read(self.common + 0x1c, 2), 1, "it was not enabled");
+        common(QUEUE_ENABLE, 1, 2);
+        assert_eq!(guest.read(self.common + QUEUE_ENABLE, 2), 1, "it was not enabled");
         self.queues[usize::from(index)] = queue;
     }
 

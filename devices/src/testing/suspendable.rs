@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, FileFailurePersistence, TestRunner};
 use virtio_queue::Queue;
 
-use super::driver::Driver;
+use super::driver::{Driver, QUEUE_ENABLE, QUEUE_RESET, QUEUE_SELECT, RING_RESET};
 use super::guest::{Guest, Memory};
 use crate::error::DeviceError;
 use crate::records::{self, RecordReader};
@@ -33,6 +33,9 @@ pub(crate) trait Bench: Sized {
     fn complete(&mut self, guest: &Guest, driver: &mut Driver);
     /// The driver has reset the device: requests in flight are forgotten, done or not.
     fn forget(&mut self);
+    /// The driver has reset this queue alone. What was answered on it counts, the rest of it is forgotten, and what was
+    /// submitted to other queues is expected as before.
+    fn queue_was_reset(&mut self, guest: &Guest, driver: &mut Driver, index: u16);
 }
 
 /// Lists every virtio device with its bench. A kind that is missing does not compile.
@@ -63,6 +66,16 @@ macro_rules! suspendable_virtio_tests {
             #[test]
             fn each_of_its_queues_is_reset_alone() {
                 suspendable::queue_resets::<$bench>();
+            }
+
+            #[test]
+            fn a_queue_that_is_reset_takes_nothing_along_from_the_others() {
+                suspendable::queue_resets_beside_requests::<$bench>();
+            }
+
+            #[test]
+            fn a_driver_without_the_feature_resets_no_queue() {
+                suspendable::queue_resets_not_agreed::<$bench>();
             }
 
             #[test]
@@ -252,6 +265,62 @@ pub(crate) fn queue_resets<B: Bench>() {
         bench.forget();
         bench.submit(&machine, &mut driver);
         bench.complete(&machine, &mut driver);
+    }
+    assert!(!died.load(Ordering::SeqCst));
+}
+
+/// Each queue is reset while requests are in flight on all of them. The fear: requests of its neighbours are lost, or done
+/// twice, or what was in flight on the queue itself comes back when it is used again.
+pub(crate) fn queue_resets_beside_requests<B: Bench>() {
+    let Some(mut bench) = B::new() else { return };
+    let memory = Memory::new();
+    let (mut machine, mut died) = guest(&mut bench, &memory);
+    let mut driver = Driver::probe(&machine, bench.wanted());
+    for round in 0..12u64 {
+        for index in 0..driver.queues.len() as u16 {
+            bench.submit(&machine, &mut driver);
+            // Before the device has looked, while it is at work, and when it may have done all.
+            std::thread::sleep(Duration::from_micros([0, 30, 100, 400][round as usize % 4]));
+            driver.reset_queue(&machine, index);
+            bench.queue_was_reset(&machine, &mut driver, index);
+            if round % 5 == 4 {
+                (machine, died) = cross(&mut bench, machine, &died);
+            }
+            driver.add_queue(&machine, index);
+            bench.complete(&machine, &mut driver);
+            assert_eq!(driver.status(&machine), 0xf, "queue {index}");
+        }
+    }
+    machine.root.pause();
+    assert!(!died.load(Ordering::SeqCst));
+    memory.assert_all_writes_tracked();
+}
+
+/// The fear: a queue of a driver that knows nothing of such resets is taken from under it.
+pub(crate) fn queue_resets_not_agreed<B: Bench>() {
+    let Some(mut bench) = B::new() else { return };
+    let memory = Memory::new();
+    let (mut machine, mut died) = guest(&mut bench, &memory);
+    let mut driver = Driver::probe(&machine, bench.wanted() & !RING_RESET);
+    assert_eq!(driver.features & RING_RESET, 0);
+    for round in 0..4 {
+        for index in 0..driver.queues.len() as u16 {
+            bench.submit(&machine, &mut driver);
+            machine.write(driver.common + QUEUE_SELECT, u64::from(index), 2);
+            machine.write(driver.common + QUEUE_RESET, 1, 2);
+            let read = |offset| machine.read(driver.common + offset, 2);
+            assert_eq!((read(QUEUE_RESET), read(QUEUE_ENABLE)), (0, 1), "queue {index}");
+            // Nor does it open the queue's registers: size, and the address of its descriptors.
+            let before = (read(0x18), read(0x20));
+            machine.write(driver.common + 0x18, 4, 2);
+            machine.write(driver.common + 0x20, 0xdead_0000, 4);
+            assert_eq!((read(0x18), read(0x20)), before, "queue {index}");
+            if round == 2 {
+                (machine, died) = cross(&mut bench, machine, &died);
+            }
+            bench.complete(&machine, &mut driver);
+            assert_eq!(driver.status(&machine), 0xf, "queue {index}");
+        }
     }
     assert!(!died.load(Ordering::SeqCst));
 }

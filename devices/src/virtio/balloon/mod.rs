@@ -78,6 +78,8 @@ struct Shared {
     stats_count: u64,
     /// While a driver is there.
     interrupt: Option<Arc<dyn VirtioInterrupt>>,
+    /// The driver has to be told to look at the configuration as soon as the device runs.
+    owed: bool,
     features: u64,
 }
 
@@ -181,9 +183,10 @@ impl BalloonControl {
 }
 
 impl Shared {
-    fn config_changed(&self) {
-        if let Some(interrupt) = &self.interrupt {
-            interrupt.config_changed();
+    fn config_changed(&mut self) {
+        match &self.interrupt {
+            Some(interrupt) => interrupt.config_changed(),
+            None => self.owed = true,
         }
     }
 
@@ -228,6 +231,7 @@ impl Balloon {
             stats: None,
             stats_count: 0,
             interrupt: None,
+            owed: false,
             features: 0,
         };
         let control = Arc::new(BalloonControl {
@@ -316,6 +320,9 @@ impl VirtioDevice for Balloon {
         let mut shared = self.control.lock();
         shared.interrupt = Some(interrupt);
         shared.features = features;
+        if std::mem::take(&mut shared.owed) {
+            shared.config_changed();
+        }
         Ok(())
     }
 
@@ -339,12 +346,15 @@ impl VirtioDevice for Balloon {
             stats,
             stats_count: _,
             interrupt,
+            owed,
             features,
         } = &mut *shared;
         (*actual_pages, *poison, *features) = (0, 0, 0);
         hints.end();
         *stats = None;
         *interrupt = None;
+        // A new driver reads it all.
+        *owed = false;
     }
 
     fn save(&self) -> Result<DeviceState, StateError> {
@@ -358,6 +368,7 @@ impl VirtioDevice for Balloon {
             stats,
             stats_count: _,
             interrupt: _,
+            owed: _,
             features,
         } = &*shared;
         let saved = Saved {
@@ -390,6 +401,8 @@ impl VirtioDevice for Balloon {
         shared.hints.restore(next_hint_command);
         shared.stats = stats;
         shared.features = features;
+        // What its driver was told of it is not known, and an interrupt too many does no harm.
+        shared.owed = true;
         Ok(())
     }
 }

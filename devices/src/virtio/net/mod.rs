@@ -479,6 +479,7 @@ impl VirtioDevice for Net {
                 neighbours,
             };
         });
+        self.shared.restored();
         Ok(())
     }
 }

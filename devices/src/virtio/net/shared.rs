@@ -71,6 +71,8 @@ pub(super) struct Shared {
     receive: Mutex<Throttle>,
     send: Mutex<Throttle>,
     running: Mutex<Option<Running>>,
+    /// The driver has to be told to look at the configuration as soon as the device runs.
+    owed: AtomicBool,
     meter: Mutex<Meter>,
     began: Instant,
     complaints: LogOnce,
@@ -107,6 +109,7 @@ impl Shared {
             receive: Mutex::new(Throttle::default()),
             send: Mutex::new(Throttle::default()),
             running: Mutex::new(None),
+            owed: AtomicBool::new(false),
             meter: Mutex::new(Meter::default()),
             began: Instant::now(),
             complaints: LogOnce::new(),
@@ -198,15 +201,19 @@ impl Shared {
             s.announce &= can_announce(features);
             s.announce
         });
-        // The link may have changed while nobody could be told, and an interrupt too many does no harm.
-        if announce || !self.link_is_up() {
-            interrupt.config_changed();
-        }
         *lock(&self.running) = Some(Running {
             interrupt,
             features,
             wakes,
         });
+        if self.owed.swap(false, Ordering::Relaxed) || announce {
+            self.config_changed();
+        }
+    }
+
+    /// The state came from elsewhere: what its driver was told of it is not known, and an interrupt too many does no harm.
+    pub(super) fn restored(&self) {
+        self.owed.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn stopped(&self) {
@@ -214,8 +221,9 @@ impl Shared {
     }
 
     fn config_changed(&self) {
-        if let Some(running) = lock(&self.running).as_ref() {
-            running.interrupt.config_changed();
+        match lock(&self.running).as_ref() {
+            Some(running) => running.interrupt.config_changed(),
+            None => self.owed.store(true, Ordering::Relaxed),
         }
     }
 

@@ -200,6 +200,26 @@ impl Bench for BalloonBench {
         self.empty.clear();
         self.stats_address = None;
     }
+
+    fn queue_was_reset(&mut self, guest: &Guest, driver: &mut Driver, index: u16) {
+        while driver.poll(guest, index).is_some() {
+            self.waiting.retain(|waiting| *waiting != index);
+        }
+        let unanswered = self.waiting.contains(&index);
+        self.waiting.retain(|waiting| *waiting != index);
+        match index {
+            INFLATE | REPORTING if unanswered => {
+                // A request that was not answered was not carried out, and never will be.
+                let its = |page: &u64| (*page >= REPORTED) == (index == REPORTING);
+                for page in self.empty.iter().filter(|page| its(page)) {
+                    assert_eq!(guest.memory.read(*page, 1), [0xaa], "{page:#x}");
+                }
+                self.empty.retain(|page| !its(page));
+            }
+            STATS => self.stats_address = None,
+            _ => {}
+        }
+    }
 }
 
 #[test]
@@ -222,4 +242,23 @@ fn a_guest_that_poisons_free_pages_keeps_them() {
     driver.kick(&guest, REPORTING);
     driver.wait(&guest, REPORTING);
     assert_eq!(memory.read(REPORTED, 4096), [0xaa; 4096]);
+}
+
+/// A target that is set while the machine stands still reaches the guest when it goes on, here or at another host.
+#[test]
+fn a_target_set_during_a_pause_is_told_when_the_machine_goes_on() {
+    let mut bench = BalloonBench::default();
+    let memory = Memory::new();
+    let guest = Guest::new(memory.clone(), bench.device(&memory));
+    let driver = Driver::probe(&guest, bench.wanted());
+    guest.messages.take();
+    guest.root.pause();
+    bench.control().set_target_bytes(1 << 20);
+    assert_eq!(guest.messages.take(), []);
+    guest.root.resume();
+    assert_eq!(guest.messages.take().len(), 1, "the guest was not told");
+    assert_eq!(guest.read(driver.device, 4), 256);
+    guest.root.pause();
+    guest.root.resume();
+    assert_eq!(guest.messages.take(), [], "nothing has changed");
 }

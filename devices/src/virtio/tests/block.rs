@@ -2,14 +2,16 @@
 //! again at each crossing, as at two hosts.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use crate::disk::{Disk, DiskCache, DiskFormat, DiskOptions, EngineKind};
+use crate::disk::{Disk, DiskCache, DiskFormat, DiskLimits, DiskOptions, EngineKind};
 use crate::testing::driver::{Buffer, Driver};
 use crate::testing::guest::{Guest, Memory};
 use crate::testing::suspendable::{self, Bench};
@@ -131,6 +133,70 @@ impl<const KIND: u8> Over<KIND> {
             piece: holds,
         });
     }
+
+    fn answered(&mut self, guest: &Guest, queue: u16, head: u16) {
+        let place = self
+            .asked
+            .iter()
+            .position(|asked| (asked.queue, asked.head) == (queue, head));
+        let Asked {
+            status, read, piece, ..
+        } = self.asked.remove(place.unwrap());
+        assert_eq!(guest.memory.read(status, 1), [0], "a request failed");
+        if let Some((address, expected)) = read {
+            assert!(
+                guest.memory.read(address, expected.len()) == expected,
+                "something else was read"
+            );
+        }
+        self.known.extend(piece);
+    }
+
+    /// Requests that a limit holds in one queue stay there, in order and under the limit, however often the other queue
+    /// is reset.
+    fn held_requests_stay() {
+        let mut bench = Self::new().unwrap();
+        let memory = Memory::new();
+        let guest = Guest::new(memory.clone(), bench.device(&memory));
+        let mut driver = Driver::probe(&guest, u64::MAX);
+        let disk = bench.disk.clone().unwrap();
+        let began = Instant::now();
+        disk.set_limits(DiskLimits {
+            operations_per_sec: NonZeroU64::new(20),
+            ..Default::default()
+        });
+        for piece in (0..PIECES).step_by(2) {
+            bench.ask(&guest, &mut driver, VIRTIO_BLK_T_OUT, piece);
+        }
+        assert_eq!(bench.asked.len() as u64, PIECES / 2);
+        driver.kick(&guest, 0);
+        for _ in 0..10 {
+            driver.reset_queue(&guest, 1);
+            driver.add_queue(&guest, 1);
+            std::thread::sleep(Duration::from_millis(5));
+            let done = disk.stats().writes as f64;
+            // A tenth of a second's worth may pass at once, and one more is on its way.
+            let most = (began.elapsed().as_secs_f64() + 0.1) * 20.0 + 1.0;
+            assert!(done <= most, "{done} requests passed where {most} may");
+        }
+        if began.elapsed() < Duration::from_millis(500) {
+            assert!(disk.stats().writes < PIECES / 2, "nothing was held");
+        }
+        disk.set_limits(DiskLimits::default());
+        bench.round += 1;
+        for piece in (1..PIECES).step_by(2) {
+            bench.ask(&guest, &mut driver, VIRTIO_BLK_T_OUT, piece);
+        }
+        driver.kick(&guest, 1);
+        bench.complete(&guest, &mut driver);
+        for piece in 0..PIECES {
+            bench.ask(&guest, &mut driver, VIRTIO_BLK_T_IN, piece);
+        }
+        driver.kick(&guest, 0);
+        driver.kick(&guest, 1);
+        bench.complete(&guest, &mut driver);
+        assert_eq!(disk.stats().writes, PIECES, "a request was done twice");
+    }
 }
 
 impl<const KIND: u8> Bench for Over<KIND> {
@@ -190,21 +256,7 @@ impl<const KIND: u8> Bench for Over<KIND> {
     fn complete(&mut self, guest: &Guest, driver: &mut Driver) {
         while let Some(queue) = self.asked.first().map(|asked| asked.queue) {
             let (head, _) = driver.wait(guest, queue);
-            let place = self
-                .asked
-                .iter()
-                .position(|asked| (asked.queue, asked.head) == (queue, head));
-            let Asked {
-                status, read, piece, ..
-            } = self.asked.remove(place.unwrap());
-            assert_eq!(guest.memory.read(status, 1), [0], "a request failed");
-            if let Some((address, expected)) = read {
-                assert!(
-                    guest.memory.read(address, expected.len()) == expected,
-                    "something else was read"
-                );
-            }
-            self.known.extend(piece);
+            self.answered(guest, queue, head);
         }
     }
 
@@ -212,12 +264,22 @@ impl<const KIND: u8> Bench for Over<KIND> {
         self.asked.clear();
         self.known.clear();
     }
+
+    fn queue_was_reset(&mut self, guest: &Guest, driver: &mut Driver, index: u16) {
+        while let Some((head, _)) = driver.poll(guest, index) {
+            self.answered(guest, index, head);
+        }
+        self.asked.retain(|asked| asked.queue != index);
+    }
 }
 
 #[test]
 fn a_disk_over_threads_survives_crossings_resets_and_hostile_guests() {
     suspendable::crossings::<OverThreads>(VirtioKind::Block);
     suspendable::resets::<OverThreads>();
+    suspendable::queue_resets::<OverThreads>();
+    suspendable::queue_resets_beside_requests::<OverThreads>();
+    suspendable::queue_resets_not_agreed::<OverThreads>();
     suspendable::writes_tracked::<OverThreads>();
     suspendable::hostile::<OverThreads>("block-threads");
 }
@@ -226,6 +288,13 @@ fn a_disk_over_threads_survives_crossings_resets_and_hostile_guests() {
 fn a_disk_over_qcow2_survives_crossings_resets_and_hostile_guests() {
     suspendable::crossings::<OverQcow2>(VirtioKind::Block);
     suspendable::resets::<OverQcow2>();
+    suspendable::queue_resets_beside_requests::<OverQcow2>();
     suspendable::writes_tracked::<OverQcow2>();
     suspendable::hostile::<OverQcow2>("block-qcow2");
+}
+
+#[test]
+fn what_a_limit_holds_in_one_queue_stays_when_the_other_is_reset() {
+    BlockBench::held_requests_stay();
+    OverThreads::held_requests_stay();
 }

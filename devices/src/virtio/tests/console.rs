@@ -1,5 +1,6 @@
 //! Console: both streams arrive whole and in order, across any number of crossings.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex};
 
@@ -36,7 +37,8 @@ pub(super) struct ConsoleBench {
     sent_in: Vec<u8>,
     received: Vec<u8>,
     posted: Vec<(u16, u64)>,
-    transmitting: usize,
+    /// How long each text is that is under way out.
+    transmitting: VecDeque<usize>,
     /// After a reset or an attack there may be bytes of before.
     leftovers: bool,
 }
@@ -57,6 +59,12 @@ impl ConsoleBench {
             self.posted.push((head, address));
         }
         driver.kick(guest, RECEIVE);
+    }
+
+    fn take_received(&mut self, guest: &Guest, head: u16, len: u32) {
+        let at = self.posted.iter().position(|posted| posted.0 == head).unwrap();
+        let (_, address) = self.posted.remove(at);
+        self.received.extend(guest.memory.read(address, len as usize));
     }
 
     fn same(&self, got: &[u8], expected: &[u8]) -> bool {
@@ -96,7 +104,7 @@ impl Bench for ConsoleBench {
                 device_writes: false,
             });
             driver.add(guest, TRANSMIT, &buffers);
-            self.transmitting += 1;
+            self.transmitting.push_back(text.len());
             self.sent_out.extend(text.as_bytes());
         }
         driver.kick(guest, TRANSMIT);
@@ -108,15 +116,14 @@ impl Bench for ConsoleBench {
     }
 
     fn complete(&mut self, guest: &Guest, driver: &mut Driver) {
-        while self.transmitting > 0 {
+        while !self.transmitting.is_empty() {
             assert_eq!(driver.wait(guest, TRANSMIT).1, 0);
-            self.transmitting -= 1;
+            self.transmitting.pop_front();
         }
+        self.post_receive_buffers(guest, driver);
         while !self.same(&self.received, &self.sent_in) {
             let (head, len) = driver.wait(guest, RECEIVE);
-            let at = self.posted.iter().position(|posted| posted.0 == head).unwrap();
-            let (_, address) = self.posted.remove(at);
-            self.received.extend(guest.memory.read(address, len as usize));
+            self.take_received(guest, head, len);
             self.post_receive_buffers(guest, driver);
         }
         let mut out = self.sink.0.lock().unwrap();
@@ -131,10 +138,27 @@ impl Bench for ConsoleBench {
 
     fn forget(&mut self) {
         self.posted.clear();
-        self.transmitting = 0;
+        self.transmitting.clear();
         self.leftovers = true;
         for stream in [&mut self.sent_out, &mut self.sent_in, &mut self.received] {
             stream.clear();
+        }
+    }
+
+    fn queue_was_reset(&mut self, guest: &Guest, driver: &mut Driver, index: u16) {
+        while let Some((head, len)) = driver.poll(guest, index) {
+            if index == TRANSMIT {
+                self.transmitting.pop_front();
+            } else {
+                self.take_received(guest, head, len);
+            }
+        }
+        if index == TRANSMIT {
+            // What was not answered was not written, and never will be.
+            let unsent: usize = self.transmitting.drain(..).sum();
+            self.sent_out.truncate(self.sent_out.len() - unsent);
+        } else {
+            self.posted.clear();
         }
     }
 }

@@ -61,6 +61,17 @@ fn drain(socket: &UnixDatagram) {
 }
 
 impl NetBench {
+    fn net(&self) -> Net {
+        let files = self.ours.iter().map(|ours| ours.try_clone().unwrap().into());
+        let config = NetDeviceConfig {
+            name: "net0".into(),
+            mac: [0x52, 0x54, 0, 0, 0, 5],
+            mtu: Some(1500),
+            limits: NetLimits::default(),
+        };
+        Net::new(config, Box::new(Sockets(files.collect()))).unwrap()
+    }
+
     fn post_receive_buffers(&mut self, guest: &Guest, driver: &mut Driver) {
         while self.posted.len() < 32 && driver.room(RECEIVE) > 0 {
             let address = driver.allocate(BUFFER);
@@ -75,8 +86,35 @@ impl NetBench {
         driver.kick(guest, RECEIVE);
     }
 
-    fn received_buffer(&mut self, guest: &Guest, driver: &mut Driver) -> Vec<u8> {
-        let (head, len) = driver.wait(guest, RECEIVE);
+    /// The host takes the next frame of the guest, which is there or will be soon.
+    fn host_receives(&mut self) {
+        let expected = self.outward.remove(0);
+        let mut buffer = vec![0; 70_000];
+        let len = loop {
+            match self.hosts[0].recv(&mut buffer) {
+                Ok(len) => break len,
+                Err(_) => std::thread::sleep(Duration::from_micros(50)),
+            }
+        };
+        assert!(buffer[..len] == expected, "a frame of the guest differs");
+    }
+
+    /// The guest takes the frame whose first buffer this is. The others appeared with it.
+    fn guest_receives(&mut self, guest: &Guest, driver: &mut Driver, first: (u16, u32)) {
+        let mut got = self.received_buffer(guest, first);
+        let buffers = u16::from_le_bytes([got[10], got[11]]);
+        for _ in 1..buffers {
+            let next = driver.poll(guest, RECEIVE).expect("half a frame appeared");
+            got.extend(self.received_buffer(guest, next));
+        }
+        let expected = self.inward.remove(0);
+        assert!(
+            got[HEADER..] == expected[HEADER..],
+            "a frame for the guest differs"
+        );
+    }
+
+    fn received_buffer(&mut self, guest: &Guest, (head, len): (u16, u32)) -> Vec<u8> {
         let at = self.posted.iter().position(|posted| posted.0 == head).unwrap();
         let (_, address) = self.posted.remove(at);
         guest.memory.read(address, len as usize)
@@ -102,14 +140,7 @@ impl Bench for NetBench {
     }
 
     fn device(&mut self, _: &Arc<Memory>) -> Box<dyn VirtioDevice> {
-        let files = self.ours.iter().map(|ours| ours.try_clone().unwrap().into());
-        let config = NetDeviceConfig {
-            name: "net0".into(),
-            mac: [0x52, 0x54, 0, 0, 0, 5],
-            mtu: Some(1500),
-            limits: NetLimits::default(),
-        };
-        Box::new(Net::new(config, Box::new(Sockets(files.collect()))).unwrap())
+        Box::new(self.net())
     }
 
     fn submit(&mut self, guest: &Guest, driver: &mut Driver) {
@@ -164,27 +195,14 @@ impl Bench for NetBench {
     }
 
     fn complete(&mut self, guest: &Guest, driver: &mut Driver) {
-        for expected in std::mem::take(&mut self.outward) {
+        while !self.outward.is_empty() {
             assert_eq!(driver.wait(guest, SEND).1, 0);
-            let mut buffer = vec![0; 70_000];
-            let len = loop {
-                match self.hosts[0].recv(&mut buffer) {
-                    Ok(len) => break len,
-                    Err(_) => std::thread::sleep(Duration::from_micros(50)),
-                }
-            };
-            assert!(buffer[..len] == expected, "a frame of the guest differs");
+            self.host_receives();
         }
-        for expected in std::mem::take(&mut self.inward) {
-            let mut got = self.received_buffer(guest, driver);
-            let buffers = u16::from_le_bytes([got[10], got[11]]);
-            for _ in 1..buffers {
-                got.extend(self.received_buffer(guest, driver));
-            }
-            assert!(
-                got[HEADER..] == expected[HEADER..],
-                "a frame for the guest differs"
-            );
+        self.post_receive_buffers(guest, driver);
+        while !self.inward.is_empty() {
+            let first = driver.wait(guest, RECEIVE);
+            self.guest_receives(guest, driver, first);
             self.post_receive_buffers(guest, driver);
         }
         if let Some(answer) = self.command.take() {
@@ -203,5 +221,93 @@ impl Bench for NetBench {
         for socket in self.hosts.iter().chain(&self.ours) {
             drain(socket);
         }
+    }
+
+    fn queue_was_reset(&mut self, guest: &Guest, driver: &mut Driver, index: u16) {
+        while let Some(answer) = driver.poll(guest, index) {
+            match index {
+                RECEIVE => self.guest_receives(guest, driver, answer),
+                SEND => self.host_receives(),
+                _ => self.command = None,
+            }
+        }
+        match index {
+            // Frames that were not delivered wait at the host.
+            RECEIVE => self.posted.clear(),
+            // What was not answered was not sent, and never will be.
+            SEND => self.outward.clear(),
+            _ if index >= 2 * PAIRS => self.command = None,
+            _ => {}
+        }
+    }
+}
+
+/// What the host was too busy to take waits in the guest's queue, and the queues beside it may come and go meanwhile.
+#[test]
+fn frames_that_the_host_cannot_take_wait_while_other_queues_are_reset() {
+    let mut bench = NetBench::new().unwrap();
+    let memory = Memory::new();
+    let guest = Guest::new(memory.clone(), bench.device(&memory));
+    let mut driver = Driver::probe(&guest, u64::MAX);
+    bench.submit(&guest, &mut driver);
+    bench.complete(&guest, &mut driver);
+    for seed in 0..100 {
+        let outward = frame(4_000, seed);
+        let address = driver.allocate(outward.len() as u32);
+        guest.memory.write(address, &outward);
+        let buffer = Buffer {
+            address,
+            len: outward.len() as u32,
+            device_writes: false,
+        };
+        driver.add(&guest, SEND, &[buffer]);
+        bench.outward.push(outward);
+    }
+    driver.kick(&guest, SEND);
+    let mut sent = 0;
+    for round in 0..20 {
+        let index = [RECEIVE, 2, 3, 2 * PAIRS][round % 4];
+        driver.reset_queue(&guest, index);
+        bench.queue_was_reset(&guest, &mut driver, index);
+        driver.add_queue(&guest, index);
+        std::thread::sleep(Duration::from_millis(1));
+        while driver.poll(&guest, SEND).is_some() {
+            sent += 1;
+        }
+    }
+    assert!(
+        sent < bench.outward.len(),
+        "the host took all, so this test says nothing"
+    );
+    for n in 0..bench.outward.len() {
+        bench.host_receives();
+        if n >= sent {
+            driver.wait(&guest, SEND);
+        }
+    }
+    bench.submit(&guest, &mut driver);
+    bench.complete(&guest, &mut driver);
+}
+
+/// The fear: a link that is set up again while the machine stands still stays down for the guest, which looks at it only
+/// when it is told to.
+#[test]
+fn a_link_that_changes_during_a_pause_is_told_when_the_machine_goes_on() {
+    let bench = NetBench::new().unwrap();
+    let memory = Memory::new();
+    let net = bench.net();
+    let handle = net.handle();
+    let guest = Guest::new(memory.clone(), Box::new(net));
+    let driver = Driver::probe(&guest, u64::MAX);
+    let link = || guest.read(driver.device + 6, 2) & 1;
+    handle.set_link(false);
+    assert_eq!((guest.messages.take().len(), link()), (1, 0));
+    for (up, told) in [(true, 1), (true, 0), (false, 1)] {
+        guest.root.pause();
+        handle.set_link(up);
+        assert_eq!(guest.messages.take(), []);
+        guest.root.resume();
+        assert_eq!(guest.messages.take().len(), told, "the link is up: {up}");
+        assert_eq!(link(), u64::from(up));
     }
 }
