@@ -5,11 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Activation, ActiveQueue, DeviceState, VirtioDevice, VirtioInterrupt, VirtioKind};
+use super::device::{
+    Activation, ActiveQueue, DeviceState, RING_FEATURES, VirtioDevice, VirtioInterrupt, VirtioKind,
+    handed_back,
+};
 use super::serve::{Done, Request, Served, serve};
 use super::worker::{More, Poll, Work, Worker, clear};
 use crate::console_io::{ConsoleInput, ConsoleOutput, InputQueue};
@@ -92,7 +94,7 @@ impl VirtioDevice for Console {
     }
 
     fn offered_features(&self) -> u64 {
-        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        RING_FEATURES
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -104,11 +106,6 @@ impl VirtioDevice for Console {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn start(&mut self, work: Activation) -> Result<(), DeviceError> {
-        if self.worker.is_some() {
-            return Err(DeviceError::AlreadyRunning {
-                device: self.name.clone(),
-            });
-        }
         let Activation {
             ram,
             features: _,
@@ -124,22 +121,12 @@ impl VirtioDevice for Console {
             name: self.name.clone(),
             complaints: LogOnce::new(),
         };
-        let worker = Worker::spawn(&self.name, work).map_err(|source| DeviceError::Io {
-            device: self.name.clone(),
-            what: "no thread for it",
-            source,
-        })?;
-        self.worker = Some(worker);
-        Ok(())
+        Worker::start_only(&mut self.worker, &self.name, work)
     }
 
     fn stop(&mut self) -> Vec<(u16, Queue)> {
         let work = self.worker.take().and_then(Worker::stop);
-        let queues = work.map(|work| work.queues).unwrap_or_default();
-        queues
-            .into_iter()
-            .map(|active| (active.index, active.queue))
-            .collect()
+        work.map(|work| handed_back(work.queues)).unwrap_or_default()
     }
 
     fn reset(&mut self) {}

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -101,6 +102,15 @@ pub struct ActiveQueue {
     pub index: u16,
     pub queue: Queue,
     pub kick: EventFd,
+}
+
+/// What every device here can do with a ring.
+pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// Queues as `stop` hands them back.
+pub fn handed_back(queues: Vec<ActiveQueue>) -> Vec<(u16, Queue)> {
+    let without_event = |active: ActiveQueue| (active.index, active.queue);
+    queues.into_iter().map(without_event).collect()
 }
 
 /// How a device speaks up. Cheap, callable from any thread.

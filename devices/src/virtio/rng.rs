@@ -5,10 +5,12 @@ use std::io::{self, Read, Write};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
 
-use super::device::{Activation, ActiveQueue, DeviceState, VirtioDevice, VirtioInterrupt, VirtioKind};
+use super::device::{
+    Activation, ActiveQueue, DeviceState, RING_FEATURES, VirtioDevice, VirtioInterrupt, VirtioKind,
+    handed_back,
+};
 use super::serve::{Done, Request, Served, serve};
 use super::worker::{More, Poll, Work, Worker, clear};
 use crate::error::DeviceError;
@@ -44,14 +46,6 @@ impl Rng {
             worker: None,
         })
     }
-
-    fn io(&self, what: &'static str, source: io::Error) -> DeviceError {
-        DeviceError::Io {
-            device: self.name.clone(),
-            what,
-            source,
-        }
-    }
 }
 
 impl VirtioDevice for Rng {
@@ -64,7 +58,7 @@ impl VirtioDevice for Rng {
     }
 
     fn offered_features(&self) -> u64 {
-        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        RING_FEATURES
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -76,21 +70,17 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn start(&mut self, work: Activation) -> Result<(), DeviceError> {
-        if self.worker.is_some() {
-            return Err(DeviceError::AlreadyRunning {
-                device: self.name.clone(),
-            });
-        }
         let Activation {
             ram,
             features: _,
             queues,
             interrupt,
         } = work;
-        let source = self
-            .source
-            .try_clone()
-            .map_err(|error| self.io("its random source is gone", error))?;
+        let source = self.source.try_clone().map_err(|source| DeviceError::Io {
+            device: self.name.clone(),
+            what: "its random source is gone",
+            source,
+        })?;
         let work = RngWork {
             ram,
             queues,
@@ -99,18 +89,12 @@ impl VirtioDevice for Rng {
             name: self.name.clone(),
             failed: LogOnce::new(),
         };
-        self.worker =
-            Some(Worker::spawn(&self.name, work).map_err(|error| self.io("no thread for it", error))?);
-        Ok(())
+        Worker::start_only(&mut self.worker, &self.name, work)
     }
 
     fn stop(&mut self) -> Vec<(u16, Queue)> {
         let work = self.worker.take().and_then(Worker::stop);
-        let queues = work.map(|work| work.queues).unwrap_or_default();
-        queues
-            .into_iter()
-            .map(|active| (active.index, active.queue))
-            .collect()
+        work.map(|work| handed_back(work.queues)).unwrap_or_default()
     }
 
     fn reset(&mut self) {}

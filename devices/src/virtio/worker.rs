@@ -10,6 +10,8 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::error::DeviceError;
+
 /// What a device does in its thread.
 pub trait Work: Send + 'static {
     /// Registers what to wait for. Tokens are the work's own. Called once, before the thread starts.
@@ -103,6 +105,21 @@ impl<W: Work> Worker<W> {
             work
         })?;
         Ok(Self { thread, stop })
+    }
+
+    /// Starts the one thread of a device that has just one.
+    pub fn start_only(running: &mut Option<Self>, device: &str, work: W) -> Result<(), DeviceError> {
+        let device = || device.to_owned();
+        if running.is_some() {
+            return Err(DeviceError::AlreadyRunning { device: device() });
+        }
+        let worker = Self::spawn(&device(), work).map_err(|source| DeviceError::Io {
+            device: device(),
+            what: "no thread for it",
+            source,
+        })?;
+        *running = Some(worker);
+        Ok(())
     }
 
     /// Asks the thread to finish and waits for it. None if it died; what it owned is then lost.

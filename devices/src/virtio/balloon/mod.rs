@@ -11,7 +11,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -20,7 +19,7 @@ pub use self::stats::GuestMemoryStats;
 
 use self::hints::FreePageHints;
 use self::work::BalloonWork;
-use super::device::{Activation, DeviceState, VirtioDevice, VirtioInterrupt, VirtioKind};
+use super::device::{Activation, DeviceState, RING_FEATURES, VirtioDevice, VirtioInterrupt, VirtioKind};
 use super::worker::Worker;
 use crate::error::DeviceError;
 use crate::ram::Ram;
@@ -263,10 +262,9 @@ impl VirtioDevice for Balloon {
     }
 
     fn offered_features(&self) -> u64 {
-        let ring = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
         FEATURES
             .iter()
-            .fold(ring, |features, feature| features | 1 << feature)
+            .fold(RING_FEATURES, |features, feature| features | 1 << feature)
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -299,11 +297,6 @@ impl VirtioDevice for Balloon {
     }
 
     fn start(&mut self, work: Activation) -> Result<(), DeviceError> {
-        if self.worker.is_some() {
-            return Err(DeviceError::AlreadyRunning {
-                device: self.name.clone(),
-            });
-        }
         let (interrupt, features) = (work.interrupt.clone(), work.features);
         let worker = BalloonWork::new(
             self.name.clone(),
@@ -311,12 +304,7 @@ impl VirtioDevice for Balloon {
             self.reclaim.clone(),
             self.control.clone(),
         );
-        let worker = Worker::spawn(&self.name, worker).map_err(|source| DeviceError::Io {
-            device: self.name.clone(),
-            what: "no thread for it",
-            source,
-        })?;
-        self.worker = Some(worker);
+        Worker::start_only(&mut self.worker, &self.name, worker)?;
         let mut shared = self.control.lock();
         shared.interrupt = Some(interrupt);
         shared.features = features;
