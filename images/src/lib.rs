@@ -1,5 +1,9 @@
 //! The guests Ferry brings along: the built-in guest, compiled from source and embedded.
 
+mod tiny;
+
+pub use tiny::tiny_kernel;
+
 /// The built-in guest: an x86-64 ELF image with a PVH entry. builtin/README.md says what it can be told.
 pub const BUILTIN_GUEST: &[u8] = include_bytes!(env!("FERRY_BUILTIN_GUEST"));
 

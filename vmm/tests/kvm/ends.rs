@@ -1,9 +1,10 @@
 //! The ways in which a guest ends, each with a kernel of a few bytes: 32-bit code at 1 MiB.
 
+use ferry_images::tiny_kernel;
 use ferry_vmm::config::MachineConfig;
 use ferry_vmm::lifecycle::{State, StopReason};
 
-use crate::harness::{Guest, config, skip, tiny_kernel};
+use crate::harness::{Guest, config, skip};
 
 fn ended(code: &[u8]) -> State {
     let dir = tempfile::tempdir().unwrap();
