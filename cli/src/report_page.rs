@@ -283,23 +283,9 @@ fn decisions(report: &Report) -> String {
 
 fn pages(report: &Report) -> String {
     let counts = |what: &str, counts: &PageCounts| {
-        let PageCounts {
-            zero,
-            same,
-            unchanged,
-            known,
-            delta,
-            mostly_same,
-            lz4,
-            raw,
-            plain_bytes,
-            wire_bytes,
-        } = *counts;
         let mut cells = vec![what.to_owned()];
-        cells.extend(
-            [zero, same, mostly_same, unchanged, known, delta, lz4, raw].map(|count| count.to_string()),
-        );
-        cells.extend([bytes(plain_bytes), bytes(wire_bytes)]);
+        cells.extend(counts.ways().map(|count| count.to_string()));
+        cells.extend([bytes(counts.plain_bytes), bytes(counts.wire_bytes)]);
         cells
     };
     "<h2>What crossed</h2>\n".to_owned()

@@ -271,19 +271,17 @@ impl Copying {
                 _ => 0.0,
             };
             let rate = carried.wire_bytes() as f64 / time.as_secs_f64() + service;
-            self.history.link_bytes_per_sec = match self.history.link_bytes_per_sec {
+            self.history.saw_link(match self.history.link_bytes_per_sec {
                 // The link was what took the time: this is what it carries.
-                Some(known) if busy > time / 2 => Some(known + (rate - known) / 4.0),
+                Some(known) if busy > time / 2 => known + (rate - known) / 4.0,
                 // Something else did: it carries at least this.
-                Some(known) => Some(known.max(rate)),
-                None => Some(rate),
-            };
-            self.history.carried_bytes_per_sec = None;
+                Some(known) => known.max(rate),
+                None => rate,
+            });
         }
         if paced {
-            let known = self.history.carried_bytes_per_sec;
             let rate = carried.wire_bytes() as f64 / time.as_secs_f64().max(1e-9);
-            self.history.carried_bytes_per_sec = policy::carried(known, rate, decision);
+            self.history.saw_under_limit(rate, decision);
         }
         if decision.waiting {
             self.history.waited += time;

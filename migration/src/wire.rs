@@ -1,4 +1,4 @@
-//! Every byte that crosses the link: messages, frames, limits and the version.
+//! Every byte that crosses the link: greetings, messages, limits and the version here, frames in [`frame`].
 //!
 //! Two kinds of connection. The **control** connection carries [`Message`]s, each in an envelope of length and
 //! CRC32C. A **lane** carries frames: a [`FrameHeader`], a table of [`Entry`]s and their payload, one behind
@@ -8,14 +8,25 @@
 //! 1: everything but names. 2: content names (`Announce`, `Wanted`). 3: pages that are mostly the same. 4: questions
 //! before a crossing (`Consider`, `Ballast`, `Swallowed`), and `Awake` in place of `Running`.
 
+mod frame;
+mod parts;
+
 use std::time::Duration;
 
-use crate::block::{BlockId, BlockInfo, BlockKind, Name};
+use crate::block::{BlockId, Name};
 use crate::codec::{Malformed, Reader, Writer};
 use crate::failure::{Cause, Phase, Reason};
-use crate::handover::{LedgerId, MachineId, SessionId, Standing};
-use crate::machine::{Loaded, MachineCard, Offer};
+use crate::handover::{LedgerId, SessionId, Standing};
+use crate::machine::{Loaded, Offer};
 use crate::report::Woken;
+
+pub use frame::{
+    Encoding, Entry, FrameHeader, MAX_ENTRIES, MAX_FRAME_BYTES, MAX_PAYLOAD_BYTES, WINDOW_BYTES, frame_bytes,
+};
+use parts::{
+    cause_code, nanos, phase_code, read_cause, read_names, read_numbers, read_offer, read_phase,
+    read_standing, standing_code, write_names, write_numbers, write_offer,
+};
 
 pub const VERSION: u16 = 4;
 pub const OLDEST_VERSION: u16 = 1;
@@ -39,14 +50,7 @@ pub const MAX_NAMES: usize = 16 << 10;
 pub const MAX_TEXT_BYTES: usize = 1024;
 pub const MAX_BALLAST_BYTES: usize = 1 << 20;
 
-/// A frame's plain content never crosses a window of this size, and is never longer than one.
-pub const WINDOW_BYTES: u64 = 1 << 20;
-pub const MAX_ENTRIES: usize = 256;
-pub const MAX_PAYLOAD_BYTES: usize = WINDOW_BYTES as usize;
-pub const MAX_FRAME_BYTES: usize = FrameHeader::BYTES + MAX_ENTRIES * Entry::BYTES + MAX_PAYLOAD_BYTES;
-
 const GREETING_MAGIC: [u8; 8] = *b"ferry\r\n\0";
-const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"frm\n");
 
 /// The newest version both ranges hold.
 pub fn common_version(ours: (u16, u16), theirs: (u16, u16)) -> Option<u16> {
@@ -615,346 +619,4 @@ pub fn open_envelope(bytes: [u8; ENVELOPE_BYTES]) -> Result<(usize, u32), Malfor
         });
     }
     Ok((length, r.u32("checksum")?))
-}
-
-/// The head of a frame on a lane.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FrameHeader {
-    pub block: BlockId,
-    pub entries: u16,
-    /// Counts the frames of this lane from 1.
-    pub sequence: u64,
-    pub round: u32,
-    pub payload_bytes: u32,
-    /// CRC32C of table and payload.
-    pub checksum: u32,
-}
-
-impl FrameHeader {
-    pub const BYTES: usize = 4 + 2 + 2 + 8 + 4 + 4 + 4 + 4;
-
-    pub fn encode(&self) -> [u8; Self::BYTES] {
-        let FrameHeader {
-            block,
-            entries,
-            sequence,
-            round,
-            payload_bytes,
-            checksum,
-        } = *self;
-        let mut bytes = [0; Self::BYTES];
-        bytes[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
-        bytes[4..6].copy_from_slice(&block.0.to_le_bytes());
-        bytes[6..8].copy_from_slice(&entries.to_le_bytes());
-        bytes[8..16].copy_from_slice(&sequence.to_le_bytes());
-        bytes[16..20].copy_from_slice(&round.to_le_bytes());
-        bytes[20..24].copy_from_slice(&payload_bytes.to_le_bytes());
-        bytes[24..28].copy_from_slice(&checksum.to_le_bytes());
-        let sum = crc32c::crc32c(&bytes[..28]);
-        bytes[28..].copy_from_slice(&sum.to_le_bytes());
-        bytes
-    }
-
-    pub fn decode(bytes: &[u8; Self::BYTES]) -> Result<Self, Malformed> {
-        let (head, sum) = bytes.split_at(Self::BYTES - 4);
-        let mut r = Reader::new(head);
-        if r.u32("frame")? != FRAME_MAGIC || crc32c::crc32c(head).to_le_bytes() != *sum {
-            return Err(Malformed::Checksum("frame header"));
-        }
-        let header = FrameHeader {
-            block: BlockId(r.u16("block")?),
-            entries: r.u16("number of entries")?,
-            sequence: r.u64("sequence")?,
-            round: r.u32("round")?,
-            payload_bytes: r.u32("payload length")?,
-            checksum: r.u32("checksum")?,
-        };
-        let limit = |what, got: u64, most: u64| {
-            if got > most {
-                Err(Malformed::TooMuch { what, got, most })
-            } else {
-                Ok(())
-            }
-        };
-        limit("number of entries", u64::from(header.entries), MAX_ENTRIES as u64)?;
-        limit(
-            "payload length",
-            u64::from(header.payload_bytes),
-            MAX_PAYLOAD_BYTES as u64,
-        )?;
-        Ok(header)
-    }
-}
-
-/// How long the frame is that begins here, if that can be told yet.
-pub fn frame_bytes(bytes: &[u8]) -> Result<Option<usize>, Malformed> {
-    let Some(head) = bytes.first_chunk() else {
-        return Ok(None);
-    };
-    let header = FrameHeader::decode(head)?;
-    let table = usize::from(header.entries) * Entry::BYTES;
-    Ok(Some(FrameHeader::BYTES + table + header.payload_bytes as usize))
-}
-
-/// What a unit became on the wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Encoding {
-    /// All zeroes; no payload.
-    Zero,
-    /// Eight bytes, repeated.
-    Same,
-    /// As it is.
-    Raw,
-    /// LZ4 block, one unit.
-    Lz4,
-    /// Difference to what the other side holds, one unit.
-    Delta,
-    /// Eight bytes, and a difference to a page that repeats them, one unit.
-    MostlySame,
-}
-
-/// One run of units in a frame, in the same encoding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
-    pub first: u64,
-    pub count: u16,
-    pub encoding: Encoding,
-    /// Payload bytes of this entry.
-    pub bytes: u32,
-}
-
-impl Entry {
-    pub const BYTES: usize = 16;
-
-    pub fn encode(&self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        bytes[0..8].copy_from_slice(&self.first.to_le_bytes());
-        bytes[8..10].copy_from_slice(&self.count.to_le_bytes());
-        bytes[10] = match self.encoding {
-            Encoding::Zero => 0,
-            Encoding::Same => 1,
-            Encoding::Raw => 2,
-            Encoding::Lz4 => 3,
-            Encoding::Delta => 4,
-            Encoding::MostlySame => 5,
-        };
-        bytes[12..16].copy_from_slice(&self.bytes.to_le_bytes());
-        bytes
-    }
-
-    pub fn decode(bytes: &[u8; Self::BYTES]) -> Result<Self, Malformed> {
-        let mut r = Reader::new(bytes);
-        let (first, count) = (r.u64("first unit")?, r.u16("number of units")?);
-        let encoding = match r.u8("encoding")? {
-            0 => Encoding::Zero,
-            1 => Encoding::Same,
-            2 => Encoding::Raw,
-            3 => Encoding::Lz4,
-            4 => Encoding::Delta,
-            5 => Encoding::MostlySame,
-            got => {
-                return Err(Malformed::Unknown {
-                    what: "encoding",
-                    got: u64::from(got),
-                });
-            }
-        };
-        match r.u8("reserved byte")? {
-            0 => {}
-            got => {
-                return Err(Malformed::Unknown {
-                    what: "reserved byte",
-                    got: u64::from(got),
-                });
-            }
-        }
-        Ok(Entry {
-            first,
-            count,
-            encoding,
-            bytes: r.u32("length of an entry")?,
-        })
-    }
-}
-
-fn nanos(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-fn write_names(w: &mut Writer, names: &[Name]) {
-    w.u32(names.len() as u32);
-    names.iter().for_each(|name| _ = w.raw(&name.0));
-}
-
-fn read_names(r: &mut Reader<'_>) -> Result<Vec<Name>, Malformed> {
-    let count = r.count(MAX_NAMES, 32, "number of names")?;
-    (0..count).map(|_| Ok(Name(r.array("name")?))).collect()
-}
-
-fn write_numbers(w: &mut Writer, numbers: &[u64]) {
-    w.u32(numbers.len() as u32);
-    numbers.iter().for_each(|number| _ = w.u64(*number));
-}
-
-fn read_numbers(r: &mut Reader<'_>, most: usize, what: &'static str) -> Result<Vec<u64>, Malformed> {
-    let count = r.count(most, 8, what)?;
-    (0..count).map(|_| r.u64(what)).collect()
-}
-
-fn write_offer(w: &mut Writer, offer: &Offer) {
-    let Offer { card, blocks } = offer;
-    let MachineCard {
-        machine,
-        name,
-        running,
-        description,
-    } = card;
-    w.raw(&machine.0).text(name, MAX_TEXT_BYTES);
-    w.flag(*running).bytes(description).u32(blocks.len() as u32);
-    for BlockInfo {
-        id,
-        kind,
-        name,
-        bytes,
-    } in blocks
-    {
-        w.u16(id.0)
-            .u8(block_kind_code(*kind))
-            .text(name, MAX_TEXT_BYTES)
-            .u64(*bytes);
-    }
-}
-
-fn read_offer(r: &mut Reader<'_>) -> Result<Offer, Malformed> {
-    let machine = MachineId(r.array("machine")?);
-    let name = r.text(MAX_TEXT_BYTES, "machine name")?;
-    let running = r.flag("running")?;
-    let description = r.bytes(MAX_DESCRIPTION_BYTES, "machine description")?;
-    let count = r.count(MAX_BLOCKS, 15, "number of blocks")?;
-    let mut blocks = Vec::with_capacity(count);
-    for _ in 0..count {
-        blocks.push(read_block(r)?);
-    }
-    let card = MachineCard {
-        machine,
-        name,
-        running,
-        description,
-    };
-    Ok(Offer { card, blocks })
-}
-
-fn block_kind_code(kind: BlockKind) -> u8 {
-    match kind {
-        BlockKind::Memory => 0,
-        BlockKind::Disk => 1,
-    }
-}
-
-fn read_block(r: &mut Reader<'_>) -> Result<BlockInfo, Malformed> {
-    let id = BlockId(r.u16("block")?);
-    let kind = match r.u8("kind of block")? {
-        0 => BlockKind::Memory,
-        1 => BlockKind::Disk,
-        got => {
-            return Err(Malformed::Unknown {
-                what: "kind of block",
-                got: u64::from(got),
-            });
-        }
-    };
-    let name = r.text(MAX_TEXT_BYTES, "block name")?;
-    let bytes = r.u64("block size")?;
-    if bytes > MAX_BLOCK_BYTES {
-        return Err(Malformed::TooMuch {
-            what: "block size",
-            got: bytes,
-            most: MAX_BLOCK_BYTES,
-        });
-    }
-    Ok(BlockInfo {
-        id,
-        kind,
-        name,
-        bytes,
-    })
-}
-
-/// The numbers of phases, causes and standings on the wire: their places in these tables.
-const PHASES: [Phase; 9] = [
-    Phase::Negotiate,
-    Phase::Prepare,
-    Phase::CopyLive,
-    Phase::Pause,
-    Phase::CopyRest,
-    Phase::SendState,
-    Phase::Verify,
-    Phase::HandOver,
-    Phase::Finish,
-];
-
-const CAUSES: [Cause; 17] = [
-    Cause::Link,
-    Cause::Stalled,
-    Cause::Version,
-    Cause::Protocol,
-    Cause::Damaged,
-    Cause::Incompatible,
-    Cause::NoMemory,
-    Cause::NoSpace,
-    Cause::NotAllowed,
-    Cause::Busy,
-    Cause::Data,
-    Cause::Machine,
-    Cause::Ledger,
-    Cause::Cancelled,
-    Cause::Deadline,
-    Cause::NotConverging,
-    Cause::Declined,
-];
-
-const STANDINGS: [Standing; 5] = [
-    Standing::GivenAway,
-    Standing::Gone,
-    Standing::Kept,
-    Standing::Taken,
-    Standing::Declined,
-];
-
-fn code_in<T: PartialEq>(table: &[T], value: &T) -> u8 {
-    table
-        .iter()
-        .position(|entry| entry == value)
-        .map_or(u8::MAX, |at| at as u8)
-}
-
-fn value_in<T: Copy>(table: &[T], code: u8, what: &'static str) -> Result<T, Malformed> {
-    table.get(usize::from(code)).copied().ok_or(Malformed::Unknown {
-        what,
-        got: u64::from(code),
-    })
-}
-
-fn phase_code(phase: Phase) -> u8 {
-    code_in(&PHASES, &phase)
-}
-
-fn read_phase(r: &mut Reader<'_>) -> Result<Phase, Malformed> {
-    value_in(&PHASES, r.u8("phase")?, "phase")
-}
-
-fn cause_code(cause: Cause) -> u8 {
-    code_in(&CAUSES, &cause)
-}
-
-fn read_cause(r: &mut Reader<'_>) -> Result<Cause, Malformed> {
-    value_in(&CAUSES, r.u8("cause")?, "cause")
-}
-
-fn standing_code(standing: Standing) -> u8 {
-    code_in(&STANDINGS, &standing)
-}
-
-fn read_standing(r: &mut Reader<'_>) -> Result<Standing, Malformed> {
-    value_in(&STANDINGS, r.u8("standing")?, "standing")
 }

@@ -213,10 +213,9 @@ impl<'a> Player<'a> {
         let paced = (decision.bandwidth_bytes_per_sec as f64) < self.ground.link_bytes_per_sec;
         let history = &mut self.history;
         if !paced && sent > 0.0 {
-            history.link_bytes_per_sec = Some(self.ground.link_bytes_per_sec);
+            history.saw_link(self.ground.link_bytes_per_sec);
         } else {
-            let rate = sent / secs.max(1e-9);
-            history.carried_bytes_per_sec = policy::carried(history.carried_bytes_per_sec, rate, decision);
+            history.saw_under_limit(sent / secs.max(1e-9), decision);
         }
         history.throttle_percent = decision.throttle.percent;
         let time = Duration::from_secs_f64(secs);

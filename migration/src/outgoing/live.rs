@@ -59,9 +59,12 @@ impl Crossing<'_> {
         };
         copying.history.switch_fixed = fixed;
         copying.history.throttle_percent = self.throttled.percent;
-        let machine = &mut self.world.machine;
-        let (pages, found) = (|| machine.vcpu_writes(), copying.memory_dirtied);
-        copying.history.vcpus = self.writers.look(clock.now(), &self.throttled, found, pages);
+        // Nobody asks who writes where nobody may be slowed.
+        if self.options.limits.most_throttle_percent > 0 {
+            let machine = &mut self.world.machine;
+            let (pages, found) = (|| machine.vcpu_writes(), copying.memory_dirtied);
+            copying.history.vcpus = self.writers.look(clock.now(), &self.throttled, found, pages);
+        }
         copying.history.service = service;
         let history = copying.look(&self.cargo, clock);
         let (decision, reason) = policy::decide(history, &self.options.limits);

@@ -71,15 +71,25 @@ impl PageCounts {
         self.wire_bytes += wire_bytes;
     }
 
+    /// How many went in each of the ways.
+    pub fn ways(&self) -> [u64; 8] {
+        let PageCounts {
+            zero,
+            same,
+            unchanged,
+            known,
+            delta,
+            mostly_same,
+            lz4,
+            raw,
+            plain_bytes: _,
+            wire_bytes: _,
+        } = *self;
+        [zero, same, mostly_same, unchanged, known, delta, lz4, raw]
+    }
+
     pub fn units(&self) -> u64 {
-        self.zero
-            + self.same
-            + self.unchanged
-            + self.known
-            + self.delta
-            + self.mostly_same
-            + self.lz4
-            + self.raw
+        self.ways().iter().sum()
     }
 }
 

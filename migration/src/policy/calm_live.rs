@@ -345,8 +345,7 @@ fn throttle_for(known: &Known, history: &History, limits: &Limits) -> u8 {
     let free = known.dirty / now;
     let needed = 1.0 - 0.8 * known.link / free.max(1.0);
     let step = f64::from(history.throttle_percent) + 10.0;
-    let percent = (needed * 100.0).max(step).clamp(0.0, 99.0) as u8;
-    percent.min(limits.most_throttle_percent)
+    limits.clamp_throttle((needed * 100.0).max(step) as u8)
 }
 
 /// Disk writes that come faster than everything can be copied are held to half of the copy.

@@ -25,13 +25,21 @@ fn stop(history: &History, limits: &Limits) -> Option<(Decision, Reason)> {
     let wire = history.remaining_bytes as f64 * history.wire_ratio();
     let downtime = history.switch_fixed.as_secs_f64() + wire / link.max(1.0);
     let limit_secs = limits.downtime.as_secs_f64();
-    (history.remaining_bytes == 0 || downtime <= limit_secs).then(|| {
-        let reason = Reason::DowntimeFits {
+    let reason = if downtime <= limit_secs {
+        Reason::DowntimeFits {
             remaining_bytes: history.remaining_bytes,
             bandwidth_bytes_per_sec: link,
             downtime_secs: downtime,
             limit_secs,
-        };
-        (Decision::switch(), reason)
-    })
+        }
+    } else if history.remaining_bytes == 0 {
+        // It takes longer than is wanted, and waiting makes it no shorter.
+        Reason::LittleLeft {
+            remaining_bytes: 0,
+            threshold_bytes: 0,
+        }
+    } else {
+        return None;
+    };
+    Some((Decision::switch(), reason))
 }

@@ -277,22 +277,29 @@ pub fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
         registry::deadline(history, limits).unwrap_or_else(|| limits.policy.decide(history, limits));
     decision.bandwidth_bytes_per_sec = limits.clamp(decision.bandwidth_bytes_per_sec);
     // However a policy comes to slow the machine, it is done where it helps.
-    let most = limits.most_throttle_percent;
-    decision.throttle = throttle::spread(decision.throttle.percent, history, most);
+    let percent = limits.clamp_throttle(decision.throttle.percent);
+    decision.throttle = throttle::spread(percent, history, limits.most_throttle_percent);
     (decision, reason)
 }
 
-/// What is known to have been carried under a limit, after another slice at `rate`. Only a slice that came near its limit
-/// says something of the link; what buffers took at once above it was not carried.
-pub fn carried(known: Option<f64>, rate: f64, decision: &Decision) -> Option<f64> {
-    let limit = decision.bandwidth_bytes_per_sec as f64;
-    if rate < 0.9 * limit {
-        return known;
-    }
-    Some(rate.min(limit).max(known.unwrap_or(0.0)))
-}
-
 impl History {
+    /// Nothing held the data back, and this is what the link is now taken to carry. What was concluded under limits before
+    /// is out of date.
+    pub fn saw_link(&mut self, rate: f64) {
+        self.link_bytes_per_sec = Some(rate);
+        self.carried_bytes_per_sec = None;
+    }
+
+    /// A slice went at `rate` while this decision held it back. Only one that came near its limit says something of the
+    /// link; what buffers took at once above it was not carried.
+    pub fn saw_under_limit(&mut self, rate: f64, decision: &Decision) {
+        let limit = decision.bandwidth_bytes_per_sec as f64;
+        if rate >= 0.9 * limit {
+            let known = self.carried_bytes_per_sec.unwrap_or(0.0);
+            self.carried_bytes_per_sec = Some(rate.min(limit).max(known));
+        }
+    }
+
     /// Wire bytes per copied byte, lately: what zero pages and compression make of the data.
     pub fn wire_ratio(&self) -> f64 {
         let (copied, wire) = self
@@ -360,6 +367,11 @@ impl Limits {
             (Some(stated), None) => Some(stated.max(1) as f64),
             (None, _) => seen,
         }
+    }
+
+    /// The most of this that is allowed; nobody is stopped altogether.
+    pub fn clamp_throttle(&self, percent: u8) -> u8 {
+        percent.min(99).min(self.most_throttle_percent)
     }
 
     /// Forces a bandwidth into the limits: at least the least, at most the cap and a stated link.

@@ -77,5 +77,5 @@ fn throttle(history: &History, limits: &Limits) -> Throttle {
             };
         }
     }
-    Throttle::all(percent.min(99).min(limits.most_throttle_percent))
+    Throttle::all(limits.clamp_throttle(percent))
 }

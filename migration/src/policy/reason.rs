@@ -219,6 +219,9 @@ impl std::fmt::Display for Reason {
                 rate(*bandwidth_bytes_per_sec)
             ),
             Reason::LittleLeft {
+                remaining_bytes: 0, ..
+            } => write!(f, "nothing is left to copy"),
+            Reason::LittleLeft {
                 remaining_bytes,
                 threshold_bytes,
             } => write!(

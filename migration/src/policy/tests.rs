@@ -632,11 +632,27 @@ fn a_link_that_was_underestimated_is_found_out() {
         let decision = decide(&history, &limits).0;
         let rate = (decision.bandwidth_bytes_per_sec as f64).min(1e8);
         if decision.bandwidth_bytes_per_sec as f64 > 1e8 {
-            history.link_bytes_per_sec = Some(rate);
-            history.carried_bytes_per_sec = None;
+            history.saw_link(rate);
         } else {
-            history.carried_bytes_per_sec = carried(history.carried_bytes_per_sec, rate, &decision);
+            history.saw_under_limit(rate, &decision);
         }
     }
     assert!(limits.link(&history) > Some(0.9e8), "{:?}", limits.link(&history));
+}
+
+/// A switch that takes longer than the downtime by itself was said to be within its limit.
+#[test]
+fn a_switch_with_nothing_left_that_takes_too_long_says_why_it_is_made() {
+    let mut limits = limits(Policy::Max);
+    limits.downtime = Duration::from_millis(300);
+    let mut history = slices(&[(1 << 20, 0); 3]);
+    history.between_rounds = true;
+    history.rounds = vec![Round::default()];
+    history.remaining_bytes = 0;
+    for (takes_ms, said) in [(400, "nothing is left to copy"), (100, "within the limit")] {
+        history.switch_fixed = Duration::from_millis(takes_ms);
+        let (decision, reason) = decide(&history, &limits);
+        assert_eq!(decision.action, Action::Switch);
+        assert!(reason.to_string().contains(said), "{reason}");
+    }
 }

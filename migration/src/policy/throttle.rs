@@ -49,7 +49,6 @@ impl Throttle {
 /// Distributes `percent` over the vCPUs by what they write; none of them by more than `most`, and those that hardly write
 /// not at all. All alike where nobody knows who writes.
 pub fn spread(percent: u8, history: &History, most: u8) -> Throttle {
-    let percent = percent.min(most);
     let free: Vec<f64> = history.vcpus.iter().map(unslowed).collect();
     let all: f64 = free.iter().sum();
     if percent == 0 || !all.is_finite() || all <= 0.0 {

@@ -13,7 +13,7 @@ use super::link::{Link, Sharing};
 use super::trace::Trace;
 use crate::policy::heat::Heat;
 use crate::policy::{
-    self, Action, Decision, History, Limits, Order, Policy, Reason, Round, Sample, ServiceUse, decide,
+    Action, Decision, History, Limits, Order, Policy, Reason, Round, Sample, ServiceUse, decide,
 };
 use crate::units::UnitSet;
 
@@ -476,11 +476,9 @@ impl<'a> Run<'a> {
         round.bandwidth_bytes_per_sec = decision.bandwidth_bytes_per_sec;
         let paced = decision.bandwidth_bytes_per_sec as f64 <= capacity;
         if !paced && !decision.yield_to_service {
-            self.history.link_bytes_per_sec = Some(rate);
-            self.history.carried_bytes_per_sec = None;
+            self.history.saw_link(rate);
         } else if paced {
-            let known = self.history.carried_bytes_per_sec;
-            self.history.carried_bytes_per_sec = policy::carried(known, wire / took.max(1e-9), decision);
+            self.history.saw_under_limit(wire / took.max(1e-9), decision);
         }
         let samples = &mut self.history.samples;
         if samples.len() >= SAMPLES {
