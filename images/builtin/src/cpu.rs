@@ -238,10 +238,12 @@ pub fn start_peers(apic_ids: impl Iterator<Item = u32>) -> usize {
         lapic_write(0x310, apic_id << 24);
         lapic_write(0x300, 0x4500); // INIT
         wait(200_000, before);
-        for _ in 0..2 {
+        // The second time as long as Linux waits: a busy host may keep a vCPU from its first instruction for a while, and
+        // who works without it is a smaller guest than was asked for.
+        for patience in [100_000_000, 10_000_000_000] {
             lapic_write(0x310, apic_id << 24);
             lapic_write(0x300, 0x4600 | (AP_PAGE >> 12) as u32); // start at AP_PAGE
-            if wait(100_000_000, before) {
+            if wait(patience, before) {
                 break;
             }
         }

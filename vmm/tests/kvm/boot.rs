@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry_vmm::lifecycle::State;
 
-use crate::harness::{Guest, config, skip};
+use crate::harness::{Guest, config, number, skip};
 
 #[test]
 fn the_guest_boots_and_beats_on_1_2_and_4_cpus() {
@@ -20,6 +20,22 @@ fn the_guest_boots_and_beats_on_1_2_and_4_cpus() {
             guest.beat();
         }
         assert_eq!(guest.beat(), first + 6, "a heartbeat was lost");
+    }
+}
+
+/// A host that is busy keeps vCPUs waiting, here for most of a second each: a guest must not begin without them.
+#[test]
+fn the_guest_waits_for_cpus_that_come_late() {
+    if skip() {
+        return;
+    }
+    // A machine that is fast enough has them before their first wait.
+    for _ in 0..3 {
+        let mut guest = Guest::create(&config(4, "work=idle heartbeat=20ms"));
+        guest.machine.set_throttle(&[0, 99, 99, 99]);
+        guest.machine.start().unwrap();
+        let hello = guest.line(|line| line.contains(r#""t":"hello""#));
+        assert_eq!(number(&hello, "cpus"), 4, "{hello}");
     }
 }
 
