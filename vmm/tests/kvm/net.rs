@@ -11,7 +11,8 @@ use ferry_vmm::lifecycle::StopReason;
 use crate::harness::{Guest, PATIENCE, config, skip};
 
 pub(crate) fn fetch() -> std::io::Result<usize> {
-    let mut stream = TcpStream::connect_timeout(&"10.9.0.2:80".parse().unwrap(), Duration::from_secs(1))?;
+    // TCP asks a second time after a second.
+    let mut stream = TcpStream::connect_timeout(&"10.9.0.2:80".parse().unwrap(), Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     stream.write_all(b"GET / HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n")?;
     let mut answer = Vec::new();

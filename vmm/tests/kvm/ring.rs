@@ -7,7 +7,7 @@ use ferry_vmm::config::{MachineConfig, MemoryBacking};
 use ferry_vmm::kvm::ring::{LEAST_ENTRIES, RingUse};
 
 use crate::dirty::Watch;
-use crate::harness::{Guest, config, number, skip};
+use crate::harness::{Guest, config, number, skip, wait_until};
 
 /// True when this host cannot do it and the test may say so.
 pub(crate) fn no_rings() -> bool {
@@ -97,7 +97,19 @@ fn full_rings_of_four_cpus_lose_nothing() {
     let watch = Watch::begin(&guest);
     for _ in 0..3 {
         // Nobody surveys meanwhile: only the full rings empty themselves.
-        let seen = watch.round(&guest, || std::thread::sleep(Duration::from_millis(400)));
+        let seen = watch.round(&guest, || {
+            let full = || {
+                guest
+                    .machine
+                    .costs()
+                    .into_iter()
+                    .map(|cost| cost.tracked.ring.unwrap().full)
+            };
+            let before: Vec<u64> = full().collect();
+            wait_until("each ring is full again and again", || {
+                full().zip(&before).all(|(now, before)| now >= before + 8)
+            });
+        });
         assert!(
             seen.changed.len() > 4 * LEAST_ENTRIES as usize,
             "the guest wrote too little"

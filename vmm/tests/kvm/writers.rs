@@ -7,7 +7,7 @@ use ferry_vmm::kvm::ring::LEAST_ENTRIES;
 use ferry_vmm::kvm::{Capabilities, fault_cost};
 
 use crate::dirty::Watch;
-use crate::harness::{Guest, config, number, skip};
+use crate::harness::{Guest, config, number, skip, wait_until};
 use crate::ring::no_rings;
 
 /// A guest of four vCPUs that all compute, and of which only the first writes.
@@ -51,12 +51,14 @@ fn the_writer_is_found(guest: &Guest, count: impl Fn(&ferry_vmm::machine::VcpuCo
     let watch = Watch::begin(guest);
     // The first round protects; what it finds may have been written before.
     watch.round(guest, || std::thread::sleep(Duration::from_millis(200)));
+    let of_the_first = || count(&guest.machine.costs()[0]);
     for _ in 0..3 {
         let mut counts = Vec::new();
-        let sleep = || std::thread::sleep(Duration::from_millis(600));
-        let noted = watch
-            .round(guest, || counts = grown(guest, &count, sleep))
-            .noted() as u64;
+        let work = || {
+            let enough = of_the_first() + 1500;
+            wait_until("the guest writes", || of_the_first() >= enough);
+        };
+        let noted = watch.round(guest, || counts = grown(guest, &count, work)).noted() as u64;
         let all: u64 = counts.iter().sum();
         eprintln!("{noted} pages noted; counted of each vCPU: {counts:?}");
         assert!(noted > 500, "the guest wrote too little: {noted}");
@@ -121,7 +123,8 @@ fn a_slowed_cpu_slows_no_other() {
         return;
     }
     let mut guest = one_writes(None, "1000");
-    // The share of the first vCPU in what all computed: as busy as this host is, it is as busy for all four.
+    // The share of the first vCPU in what all computed: as busy as this host is, it is as busy for all four. And it is
+    // slowed so much that it has less than each of many others who want to run here.
     let share = |guest: &mut Guest| {
         computed(guest);
         let before = computed(guest);
@@ -139,7 +142,7 @@ fn a_slowed_cpu_slows_no_other() {
     let free = share(&mut guest);
     let napped: Vec<Duration> = guest.machine.costs().iter().map(|cost| cost.napped).collect();
     assert_eq!(napped, [Duration::ZERO; 4]);
-    guest.machine.set_throttle(&[90]);
+    guest.machine.set_throttle(&[99]);
     let slowed = share(&mut guest);
     assert!(slowed * 2.0 < free, "{slowed} of the others, and {free} before");
     let napped: Vec<Duration> = guest.machine.costs().iter().map(|cost| cost.napped).collect();
