@@ -228,7 +228,11 @@ fn a_limited_disk_stops_at_once_and_what_waited_is_done_later() {
         rig.drivers[n as usize % 2].request(VIRTIO_BLK_T_OUT, n, &[(DATA + n * 512, 512)], false);
     }
     rig.drivers.iter().for_each(Driver::kick);
-    std::thread::sleep(Duration::from_millis(60));
+    let deadline = Instant::now() + WAIT;
+    while rig.disk.stats().held_by_limits < Duration::from_millis(20) {
+        assert!(Instant::now() < deadline, "nothing waits: {:?}", rig.disk.stats());
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let began = Instant::now();
     rig.stop();
     assert!(
@@ -238,11 +242,6 @@ fn a_limited_disk_stops_at_once_and_what_waited_is_done_later() {
     );
     let answered = rig.drivers.iter_mut().flat_map(Driver::answers).count();
     assert!(answered < 10, "the limit did not hold: {answered}");
-    assert!(
-        rig.disk.stats().held_by_limits > Duration::from_millis(20),
-        "{:?}",
-        rig.disk.stats()
-    );
     // Lifted while a queue waits: it notices without a kick.
     rig.start();
     std::thread::sleep(Duration::from_millis(20));
@@ -274,9 +273,8 @@ fn a_crossing_slows_writes_and_the_time_lost_is_counted() {
     );
     assert_eq!(stats.held_by_limits, Duration::ZERO);
     rig.disk.slow_writes(None);
-    let began = Instant::now();
     assert_eq!(rig.write(0, &[1; 1 << 20]), 0);
-    assert!(began.elapsed() < Duration::from_secs(2));
+    assert_eq!(rig.disk.stats().held_by_crossing, stats.held_by_crossing);
 }
 
 #[test]

@@ -154,10 +154,17 @@ fn a_frame_that_waits_for_room_survives_save_and_restore() {
     driver.give_buffers(0, 2, 1000);
     let large = frame(9_000, 42);
     hosts[0].send(&large).unwrap();
-    // The socket is empty when the frame was taken.
-    std::thread::sleep(Duration::from_millis(100));
-    let queues = device.stop();
-    let state = device.save().unwrap();
+    // Until the frame was taken, and is a part of the state.
+    let (mut queues, mut state) = (device.stop(), device.save().unwrap());
+    wait_until("the frame is taken", || {
+        if state.body.len() > large.len() {
+            return true;
+        }
+        driver.start(&mut device, std::mem::take(&mut queues));
+        std::thread::sleep(Duration::from_millis(5));
+        (queues, state) = (device.stop(), device.save().unwrap());
+        false
+    });
     let (_, receive_queue) = queues.iter().find(|(index, _)| *index == 0).unwrap();
     assert_eq!(receive_queue.next_avail(), 0, "unused buffers are put back");
     drop(device);
@@ -253,9 +260,9 @@ fn a_host_that_is_busy_gets_every_frame_later_and_once() {
     }
     wait_until("the first frames", || driver.used_index(1) > 0);
     std::thread::sleep(Duration::from_millis(50));
+    let queues = device.stop();
     let passed = driver.used_index(1);
     assert!(passed < 200, "the host was not busy");
-    let queues = device.stop();
     let (_, send_queue) = queues.iter().find(|(index, _)| *index == 1).unwrap();
     assert_eq!(send_queue.next_avail(), passed, "what was not sent is put back");
     driver.start(&mut device, queues);
