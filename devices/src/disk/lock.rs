@@ -44,6 +44,25 @@ pub(crate) fn release(file: &File) -> io::Result<()> {
     set(file, libc::F_UNLCK, 0, 0).map(drop)
 }
 
+/// Gives the lock up when it is dropped. Closing the file would not do: a process that another thread is just starting has a
+/// duplicate of it until it becomes its program, and on a busy host that is long enough for "in use" to be said.
+#[derive(Debug)]
+pub(crate) struct Released(File);
+
+impl Released {
+    pub(crate) fn at_the_end_of(file: &File) -> io::Result<Released> {
+        file.try_clone().map(Released)
+    }
+}
+
+impl Drop for Released {
+    fn drop(&mut self) {
+        if let Err(error) = release(&self.0) {
+            tracing::warn!("the lock of a disk image was not given up: {error}");
+        }
+    }
+}
+
 fn set(file: &File, kind: i32, start: i64, len: i64) -> io::Result<bool> {
     let range = range(kind, start, len);
     // SAFETY: the file descriptor is open for the length of the call, and `range` is a valid flock structure.

@@ -39,7 +39,7 @@ pub use stats::DiskStats;
 pub use tracker::{CLUSTER_SIZE, WriteTracker};
 
 use limit::Throttle;
-use lock::LockMode;
+use lock::{LockMode, Released};
 use probe::{Alignment, SECTOR, direct_alignment, file_len, format_of, head, lock_file, open_file};
 use qcow2::Qcow2Image;
 use raw::RawImage;
@@ -61,6 +61,8 @@ pub struct Disk {
     limited: AtomicBool,
     pub(crate) counters: Counters,
     opened_at: Instant,
+    /// The last to be dropped: closing a qcow2 image still writes.
+    _lock: Released,
 }
 
 #[derive(Debug)]
@@ -133,6 +135,8 @@ impl Disk {
             limited: AtomicBool::new(false),
             counters: Counters::default(),
             opened_at: Instant::now(),
+            _lock: Released::at_the_end_of(image.file())
+                .map_err(DiskError::io(path, "it cannot be opened"))?,
             image,
         };
         let unit = u64::from(disk.block_size());

@@ -131,6 +131,25 @@ fn an_image_has_one_writer_or_many_readers() {
     Disk::open(&writer).unwrap();
 }
 
+/// A process that is just being started has duplicates of all files until it becomes its program.
+#[test]
+fn a_disk_that_is_gone_is_free_whoever_still_has_its_file() {
+    let dir = dir();
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+        let path = dir.path().join(format!("{format:?}"));
+        Disk::create(&path, format, 1 << 20).unwrap();
+        let options = DiskOptions {
+            format: Some(format),
+            ..DiskOptions::new(&path)
+        };
+        let first = Disk::open(&options).unwrap();
+        let _duplicate = first.image.file().try_clone().unwrap();
+        assert!(refused(&options).contains("in use by another program"));
+        drop(first);
+        Disk::open(&options).unwrap();
+    }
+}
+
 #[test]
 fn qemu_and_we_keep_out_of_each_others_images() {
     let dir = dir();
