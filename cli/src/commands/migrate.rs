@@ -291,7 +291,8 @@ fn cancel_on_signals(name: &Name, globals: &Globals) -> Result<()> {
                 });
                 eprintln!("cancelling the crossing of {name}");
                 if client.cancel_crossing().is_err() {
-                    break;
+                    // Its process has no crossing any more, or hangs: the last line says what came of it.
+                    eprintln!("it may be over already; Ctrl-C again does not wait for the last line");
                 }
             }
             std::process::exit(130);

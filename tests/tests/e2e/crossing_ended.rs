@@ -184,6 +184,30 @@ fn a_crossing_is_cancelled_at_any_phase_up_to_the_hand_over() {
     drop(last);
 }
 
+/// The command still asks the machine's service when Ctrl-C comes: there is nothing left to cancel, and nobody would know
+/// where the machine is if the command just ended.
+#[test]
+fn ctrl_c_after_the_hand_over_does_not_cut_off_the_last_line() {
+    let Some((here, there, mut guest)) = machine() else {
+        return;
+    };
+    let serial = there.file("there.serial");
+    let receiver = Receiver::start(&there, &serial, &[]);
+    let service = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let target = format!("tcp:{}", service.local_addr().unwrap());
+    let words = ["--probe", &target, "--probe-for", "3s"];
+    let crossing = begin(&here, "m", &receiver.address, &words);
+    here.wait_until("its process is gone", || here.entry("m").is_none());
+    signal(crossing.id(), Signal::INT);
+    let ran = finish(crossing, PATIENCE).success();
+    assert!(
+        ran.stdout.contains("m is at ") && ran.stderr.contains("cancelling"),
+        "{ran:?}"
+    );
+    guest.then(serial);
+    guest.beats_on(2);
+}
+
 #[test]
 fn a_deadline_does_what_was_asked_and_counts_from_the_beginning() {
     let Some((here, there, mut guest)) = pair("work=allocator memory=32M rate=4000", &["--memory", "128M"])
