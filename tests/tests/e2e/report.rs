@@ -35,6 +35,16 @@ fn nanoseconds(time: &Value) -> u64 {
 fn every_field_of_the_report_is_in_the_schema_and_the_other_way_round() {
     assert_eq!(violations(&schema(), &example()), [""; 0]);
     let mut report: Report = serde_json::from_value(example()).unwrap();
+    let again = serde_json::to_value(&report).unwrap();
+    assert_eq!(
+        again,
+        example(),
+        "the example is older than a field of the report"
+    );
+    assert!(
+        report.conduct.is_some(),
+        "the example is of a crossing that copied nothing"
+    );
     // Whatever may be missing is there.
     let ms = Duration::from_millis(1);
     report.outcome.failure = Some(Failure {
@@ -93,7 +103,7 @@ fn every_field_of_the_report_is_in_the_schema_and_the_other_way_round() {
 #[test]
 fn a_report_of_an_older_version_is_read() {
     let mut old = example();
-    for newer in ["fact", "clock_behind", "timeline", "probe"] {
+    for newer in ["fact", "clock_behind", "timeline", "conduct", "probe"] {
         old.as_object_mut().unwrap().remove(newer).unwrap();
     }
     old["downtime"].as_object_mut().unwrap().remove("answer").unwrap();
