@@ -2,6 +2,8 @@
 //! With throttling allowed, auto-converge: 20 % when twice more than half of what was sent got dirty again,
 //! then 10 % more each time.
 
+use std::time::Duration;
+
 use super::{Decision, History, Limits, Reason, Throttle, UNLIMITED};
 
 pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
@@ -48,18 +50,25 @@ pub(super) fn decide(history: &History, limits: &Limits) -> (Decision, Reason) {
     (go_on, Reason::FullSpeed)
 }
 
-/// Bytes over time in the last slices, as QEMU's 100 ms windows measure it.
+/// QEMU measures in windows of this length.
+const WINDOW: Duration = Duration::from_millis(100);
+
+/// Bytes over time in the last window, on the wire: pages of zeroes are copied at any rate. And the rest of a round may be a
+/// slice of a few milliseconds, which says how fast the sockets' buffers take data.
 fn measured(history: &History) -> f64 {
-    let (bytes, secs) = history
-        .samples
-        .iter()
-        .rev()
-        .filter(|s| s.copied_bytes > 0)
-        .take(1)
-        .fold((0.0, 0.0), |sum, s| {
-            (sum.0 + s.copied_bytes as f64, sum.1 + s.time.as_secs_f64())
-        });
-    if secs > 0.0 { bytes / secs } else { 0.0 }
+    let (mut bytes, mut time) = (0u64, Duration::ZERO);
+    for sample in history.samples.iter().rev().filter(|s| s.copied_bytes > 0) {
+        bytes += sample.wire_bytes;
+        time += sample.time;
+        if time >= WINDOW {
+            break;
+        }
+    }
+    if time.is_zero() {
+        0.0
+    } else {
+        bytes as f64 / time.as_secs_f64()
+    }
 }
 
 fn throttle(history: &History, limits: &Limits) -> Throttle {

@@ -273,8 +273,10 @@ fn a_deadline_does_what_was_asked_and_counts_from_the_beginning() {
 
 #[test]
 fn each_policy_does_what_it_says_on_a_link_that_is_too_slow() {
-    let Some((here, there, mut guest)) = pair("work=allocator memory=16M rate=6000", &["--memory", "128M"])
-    else {
+    let Some((here, there, mut guest)) = pair(
+        "work=allocator memory=16M wws=90 rate=6000",
+        &["--memory", "128M"],
+    ) else {
         return;
     };
     for policy in ["max", "qemu", "cloud-hypervisor"] {
