@@ -13,7 +13,7 @@ demo: setup             ## run the main job and show it working
 	$(CARGO) build --release -p ferry
 	scripts/demo target/release/ferry
 
-test: setup images      ## all tests; FERRY_PULSES, FERRY_SEEDS, FERRY_CROSSINGS ask for longer runs
+test: setup images      ## all tests; FERRY_PULSES, FERRY_SEEDS, FERRY_CROSSINGS ask for longer runs, FERRY_DIRTY_RING=ENTRIES for rings in the soak
 	$(CARGO) test --workspace
 
 test-nested: setup images ## only the tests with stock Linux guests under nested KVM, for longer than in `make test`

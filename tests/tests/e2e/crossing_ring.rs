@@ -4,6 +4,7 @@
 use ferry_tests::crossing::{Evidence, Receiver, begin, migrate, runs_at, start};
 use ferry_tests::host::{Host, PATIENCE, finish, skip_without_kvm};
 use ferry_tests::relay::{Act, Point, Relay};
+use ferry_vmm::kvm::ring::LEAST_ENTRIES;
 
 const WORK: &str = "work=allocator+gc memory=16M heap=8M rate=3000 order=random";
 
@@ -31,10 +32,27 @@ fn ring_of(host: &Host) -> Option<u64> {
 
 /// One crossing, after which the guest is whole. The receiver is the machine's process then and ends with it.
 fn cross(guest: &mut Evidence, from: &Host, to: &Host, serial: &str, more: &[&str]) {
+    cross_with(guest, from, to, serial, more, &[]);
+}
+
+fn cross_with(
+    guest: &mut Evidence,
+    from: &Host,
+    to: &Host,
+    serial: &str,
+    receive: &[&str],
+    migrate_with: &[&str],
+) {
     let serial = to.file(serial);
-    let receiver = Receiver::start(to, &serial, more);
+    let receiver = Receiver::start(to, &serial, receive);
     guest.then(serial);
-    migrate(from, "m", &receiver.address, &["--verify"]).success();
+    migrate(
+        from,
+        "m",
+        &receiver.address,
+        &[&["--verify"], migrate_with].concat(),
+    )
+    .success();
     guest.beats_on(5);
     assert!(runs_at(to, "m"), "{}", receiver.said());
     guest.swept();
@@ -60,6 +78,42 @@ fn a_machine_crosses_by_rings_and_by_the_log_as_each_side_likes() {
     assert_eq!(ring_of(&there), Some(1024));
     cross(&mut guest, &there, &here, "four", &[]);
     here.ferry(["kill", "m"]).success();
+    guest.sound();
+}
+
+/// The smallest rings, full all the time: every survey and the switch meet vCPUs that are at emptying them.
+#[test]
+fn a_machine_whose_rings_are_always_full_crosses_whole() {
+    if no_rings() {
+        return;
+    }
+    let (here, there) = (Host::new(), Host::new());
+    let least = format!("--dirty-ring={LEAST_ENTRIES}");
+    let work = "work=allocator memory=32M wws=90 rate=max order=random touch=head";
+    let words = ["--memory", "64M", "--cpus", "4", &least];
+    let mut guest = start(&here, "m", work, &words);
+    guest.wait_for_line("ready");
+    // It writes faster than this, and many rings full between two surveys. Signals of the throttle meet the emptying, too.
+    let slowly = ["--bandwidth", "40MB", "--compress", "off", "--policy", "qemu"];
+    let in_the_end = ["--throttle", "80", "--deadline", "6s", "--on-deadline", "pause"];
+    let words = [&slowly[..], &in_the_end, &["--report", "report.json"]].concat();
+    let (mut from, mut to) = (&here, &there);
+    for serial in ["one", "two"] {
+        cross_with(&mut guest, from, to, serial, &[&least], &words);
+        let report = std::fs::read(from.file("report.json")).unwrap();
+        let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
+        eprintln!("{}", report["impact"]);
+        for vcpu in report["impact"]["vcpus"].as_array().unwrap() {
+            let written = vcpu["write_fault_count"].as_u64().unwrap();
+            assert!(
+                written > 8 * u64::from(LEAST_ENTRIES),
+                "its ring was not full: {vcpu}"
+            );
+        }
+        from.wait_until("its process is gone", || from.entry("m").is_none());
+        (from, to) = (to, from);
+    }
+    from.ferry(["kill", "m"]).success();
     guest.sound();
 }
 

@@ -2,7 +2,7 @@
 //! that run it do not grow; a client is served all the time, and no interface is left behind.
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,6 +20,12 @@ fn crossings() -> usize {
         .map_or(4, |text| text.parse().expect("FERRY_CROSSINGS is a number"))
 }
 
+/// FERRY_DIRTY_RING has both sides track writes by rings of so many entries.
+fn tracking() -> Option<String> {
+    let entries = std::env::var("FERRY_DIRTY_RING").ok()?;
+    Some(format!("--dirty-ring={entries}"))
+}
+
 fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
@@ -29,17 +35,22 @@ fn resident_kib(pid: u32) -> u64 {
 /// A bridge that both hosts have, with an address for the client.
 struct Bridge {
     name: String,
+    /// Where the guest is to be found.
+    guest: Ipv4Addr,
 }
 
 impl Bridge {
     fn make() -> Option<Bridge> {
         let name = format!("fy{}", std::process::id());
+        // Four addresses of its own: the same test in another process is no neighbour.
+        let four = u32::from(Ipv4Addr::new(198, 18, 0, 0)) + std::process::id() % (1 << 15) * 4;
+        let (client, guest) = (Ipv4Addr::from(four + 1), Ipv4Addr::from(four + 2));
         let ip = |words: &[&str]| {
             let ran = Command::new("ip").args(words).output();
             ran.is_ok_and(|ran| ran.status.success())
         };
-        let bridge = ip(&["link", "add", &name, "type", "bridge"]).then_some(Bridge { name })?;
-        let made = ip(&["addr", "add", "10.213.7.1/24", "dev", &bridge.name])
+        let bridge = ip(&["link", "add", &name, "type", "bridge"]).then_some(Bridge { name, guest })?;
+        let made = ip(&["addr", "add", &format!("{client}/30"), "dev", &bridge.name])
             && ip(&["link", "set", &bridge.name, "up"]);
         made.then_some(bridge)
     }
@@ -64,9 +75,8 @@ struct Client {
     thread: Option<JoinHandle<()>>,
 }
 
-fn ask() -> std::io::Result<bool> {
-    let server: SocketAddr = ([10, 213, 7, 2], 80).into();
-    let mut stream = TcpStream::connect_timeout(&server, Duration::from_secs(10))?;
+fn ask(guest: Ipv4Addr) -> std::io::Result<bool> {
+    let mut stream = TcpStream::connect_timeout(&(guest, 80).into(), Duration::from_secs(10))?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     stream.write_all(b"GET / HTTP/1.0\r\nHost: m\r\n\r\n")?;
     let mut answer = Vec::new();
@@ -75,12 +85,12 @@ fn ask() -> std::io::Result<bool> {
 }
 
 impl Client {
-    fn start() -> Client {
+    fn start(guest: Ipv4Addr) -> Client {
         let (answered, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
         let (count, end) = (answered.clone(), stop.clone());
         let thread = std::thread::spawn(move || {
             while !end.load(Ordering::SeqCst) {
-                if ask().unwrap_or(false) {
+                if ask(guest).unwrap_or(false) {
                     count.fetch_add(1, Ordering::SeqCst);
                 }
                 std::thread::sleep(Duration::from_millis(20));
@@ -121,12 +131,12 @@ fn a_machine_under_all_loads_crosses_back_and_forth_and_nothing_grows() {
     let mut work = "allocator+gc+disk+database".to_owned();
     let mut words = vec!["--memory", "128M", "--cpus", "2", "--disk", &disk];
     let net = bridge.as_ref().map(|bridge| format!("bridge={}", bridge.name));
-    match &net {
-        Some(net) => {
-            work += "+web ip=10.213.7.2/24 body=8K";
+    match (&bridge, &net) {
+        (Some(bridge), Some(net)) => {
+            work += &format!("+web ip={}/30 body=8K", bridge.guest);
             words.extend(["--net", net]);
         }
-        None => {
+        _ => {
             let must = std::env::var_os("FERRY_TESTS_MUST_RUN").is_some();
             assert!(
                 !must,
@@ -135,9 +145,11 @@ fn a_machine_under_all_loads_crosses_back_and_forth_and_nothing_grows() {
             eprintln!("without web: making a bridge needs root and `ip`");
         }
     }
+    let tracking = tracking();
+    words.extend(tracking.as_deref());
     let orders = format!("work={work} memory=8M heap=4M rate=1000 journal=4M rows=2048");
     let mut guest = start(&here, "m", &orders, &words);
-    let client = bridge.is_some().then(Client::start);
+    let client = bridge.as_ref().map(|bridge| Client::start(bridge.guest));
     for line in ["ready", "database"] {
         guest.wait_for_line(line);
     }
@@ -169,7 +181,9 @@ fn a_machine_under_all_loads_crosses_back_and_forth_and_nothing_grows() {
     for number in 0..crossings() {
         let serial = to.file(&format!("serial{number}"));
         let dir = to.file("images");
-        let receiver = Receiver::start(to, &serial, &["--dir", dir.to_str().unwrap()]);
+        let mut receive = vec!["--dir", dir.to_str().unwrap()];
+        receive.extend(tracking.as_deref());
+        let receiver = Receiver::start(to, &serial, &receive);
         migrate(from, "m", &receiver.address, &["--verify"]).success();
         guest.then(serial);
         guest.beats_on(5);
