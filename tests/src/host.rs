@@ -198,6 +198,13 @@ impl Host {
         Client::of(&self.entry(name).expect("a machine")).expect("a client")
     }
 
+    /// Types on the machine's serial port, from beside whoever has it.
+    pub fn type_line(&self, name: &str, text: &str) {
+        let socket = self.entry(name).expect("a machine").console_socket();
+        let mut console = UnixStream::connect(socket).expect("a listener");
+        writeln!(console, "{text}").expect("the console takes it");
+    }
+
     /// A connection to the control socket, for requests that no good client makes.
     pub fn raw_control(&self, name: &str) -> UnixStream {
         let stream =

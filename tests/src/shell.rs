@@ -7,6 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::host::{Host, PATIENCE, ferry_binary};
@@ -71,10 +72,7 @@ impl Shell {
                 return Err("ssh-keygen makes no keys".into());
             }
         }
-        let port = TcpListener::bind("127.0.0.1:0")
-            .and_then(|free| free.local_addr())
-            .map_err(|error| error.to_string())?
-            .port();
+        let port = free_port().ok_or("there is no free port")?;
         let server = format!(
             "ListenAddress 127.0.0.1\nPort {port}\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nStrictModes no\n\
              UsePAM no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n",
@@ -122,6 +120,15 @@ impl Drop for Shell {
             let _ = sshd.wait();
         }
     }
+}
+
+/// None that the kernel gives to whoever asks for any: those come and go until sshd has taken this one.
+fn free_port() -> Option<u16> {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let mine = (std::process::id() % 9_000) as u16;
+    (0..9_000)
+        .map(|_| 20_000 + (mine + NEXT.fetch_add(1, Ordering::Relaxed)) % 9_000)
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
 }
 
 fn folder() -> tempfile::TempDir {

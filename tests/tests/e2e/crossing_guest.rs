@@ -124,17 +124,23 @@ fn a_guest_that_ends_while_it_crosses_is_ended_here_and_is_nowhere_else() {
         return;
     }
     for (end, said) in [
-        ("run=3s", "powered off"),
-        ("fault=reset after=3s", "asked for a reset"),
-        ("fault=triple after=3s", "triple fault"),
+        ("poweroff", "powered off"),
+        ("reset", "asked for a reset"),
+        ("work work=idle fault=triple after=1ms", "triple fault"),
     ] {
         let (here, there) = (Host::new(), Host::new());
-        let work = format!("work=allocator memory=32M rate=4000 {end}");
-        start(&here, "m", &work, &["--memory", "128M"]);
+        let work = "work=allocator memory=32M rate=4000";
+        start(&here, "m", work, &["--memory", "128M"]);
         let receiver = Receiver::start(&there, &there.file("there.serial"), &[]);
+        let relay = Relay::at(receiver.port(), Point::first("Prepared"), Act::Hold, false);
         let mut words = vec!["--bandwidth", "8MB", "--compress", "off", "--downtime", "1ms"];
         words.extend(["--report", "report.json"]);
-        let ran = migrate(&here, "m", &receiver.address, &words);
+        let crossing = begin(&here, "m", &relay.address, &words);
+        // Its memory takes seconds from here on.
+        relay.wait_reached();
+        relay.go_on();
+        here.type_line("m", end);
+        let ran = finish(crossing, PATIENCE);
         assert!(
             ran.code == 1
                 && ran.stderr.contains("the machine ended while it crossed")
