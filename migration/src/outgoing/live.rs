@@ -19,6 +19,13 @@ use super::{
     is_late, lock,
 };
 
+/// What a look at how it goes leads to.
+enum Next {
+    Copy(Decision, String),
+    /// With the reason, if it is one that was decided.
+    Switch(Option<String>),
+}
+
 impl Crossing<'_> {
     pub(super) fn copy_live(&mut self) -> Result<(), Failure> {
         self.enter(Phase::CopyLive);
@@ -37,16 +44,43 @@ impl Crossing<'_> {
         });
         self.copying = Some(copying);
         self.copy_known()?;
-        while let Some((decision, reason)) = self.decide()? {
-            if let Err(broke) = self.slice(&decision, &reason) {
+        let mut last = None;
+        loop {
+            let carried = match self.decide()? {
+                Next::Copy(decision, reason) => {
+                    let carried = self.slice(&decision, &reason);
+                    last = Some((decision, reason));
+                    carried
+                }
+                Next::Switch(reason) => match self.end_round(last.take()) {
+                    Ok(()) => {
+                        if let (Some(last), Some(reason)) = (self.report.rounds.last_mut(), reason) {
+                            last.decision = "switch".into();
+                            last.reason = reason;
+                        }
+                        return Ok(());
+                    }
+                    broke => broke,
+                },
+            };
+            if let Err(broke) = carried {
                 self.mend(broke)?;
             }
         }
-        Ok(())
     }
 
-    /// What next? `None`: switch.
-    fn decide(&mut self) -> Result<Option<(Decision, String)>, Failure> {
+    /// A switch in the middle of a round waits until the other side holds what the round has sent so far. What the switch
+    /// sends takes any lane: a page that was written again would overtake its older self on another one, and what was not
+    /// written again would be sent a second time.
+    fn end_round(&mut self, last: Option<(Decision, String)>) -> Result<(), Broke> {
+        let in_round = self.copying.as_ref().is_some_and(Copying::in_round);
+        match last.filter(|_| in_round) {
+            Some((decision, reason)) => self.close_round(&decision, &reason),
+            None => Ok(()),
+        }
+    }
+
+    fn decide(&mut self) -> Result<Next, Failure> {
         let fit = self.world.machine.check();
         self.or_fail(fit)?;
         if let Some(reason) = self.interrupted() {
@@ -55,7 +89,7 @@ impl Crossing<'_> {
         let fixed = self.options.switch_fixed;
         let (clock, service) = (self.world.clock, self.world.machine.service());
         let Some(copying) = self.copying.as_mut() else {
-            return Ok(None);
+            return Ok(Next::Switch(None));
         };
         copying.history.switch_fixed = fixed;
         copying.history.throttle_percent = self.throttled.percent;
@@ -96,20 +130,14 @@ impl Crossing<'_> {
         }
         let reason = reason.to_string();
         if self.world.handle.wants_switch() {
-            return Ok(None);
+            return Ok(Next::Switch(Some("the switch was asked for".into())));
         }
         match decision.action {
             // Nothing is left to decide about.
             Action::GoOn if copying.history.between_rounds && copying.history.remaining_bytes == 0 => {
-                return Ok(None);
+                return Ok(Next::Switch(None));
             }
-            Action::Switch => {
-                if let Some(last) = self.report.rounds.last_mut() {
-                    last.decision = "switch".into();
-                    last.reason = reason;
-                }
-                return Ok(None);
-            }
+            Action::Switch => return Ok(Next::Switch(Some(reason))),
             Action::GiveUp => {
                 let late = self
                     .options
@@ -130,7 +158,7 @@ impl Crossing<'_> {
             .and(self.slow_writes(decision.slow_writes_bytes_per_sec));
         self.or_fail(eased)?;
         self.set_pace(&decision);
-        Ok(Some((decision, reason)))
+        Ok(Next::Copy(decision, reason))
     }
 
     fn set_pace(&self, decision: &Decision) {

@@ -6,7 +6,7 @@ use super::super::paper;
 use super::super::trace::Trace;
 use super::*;
 use crate::cost::{Cost, Queue};
-use crate::policy::{ALL, Policy};
+use crate::policy::{ALL, DeadlineAction, Policy};
 
 /// The reference trace at an eighth of its size: the same seconds and costs.
 fn scenario(policy: Policy, sharing: Sharing) -> Scenario {
@@ -245,4 +245,37 @@ fn wherever_the_connection_is_cut_memory_and_disk_arrive_whole() {
         reconnects += crossed.report.reconnects;
     }
     assert!(reconnects >= 30, "{reconnects}");
+}
+
+/// A deadline that stops the machine in the middle of a round, with a third of the data across.
+#[test]
+fn a_deadline_in_the_middle_of_a_round_sends_nothing_twice() {
+    let mut scenario = with_disk(Policy::Max, "16M,allocated=100%,hot=0%");
+    scenario.limits.deadline = Some(Duration::from_secs(2));
+    scenario.limits.on_deadline = DeadlineAction::PauseAndFinish;
+    let crossed = scenario.cross();
+    is_whole(&crossed);
+    let Report {
+        memory, disk, rounds, ..
+    } = &crossed.report;
+    assert_eq!((memory.units(), disk.units()), (2048, 256));
+    let first = rounds.first().unwrap();
+    assert!(
+        first.decision == "switch" && first.reason.contains("deadline"),
+        "{first:?}"
+    );
+    assert!((1..256).contains(&first.disk.units()), "{first:?}");
+}
+
+/// Who says what the link carries gets a promise before anything is sent.
+#[test]
+fn over_a_link_that_is_known_the_promise_comes_before_the_first_byte() {
+    let mut scenario = with_disk(Policy::Max, "16M,allocated=100%,hot=0%");
+    let unknown = scenario.cross().report;
+    scenario.limits.link_bytes_per_sec = Some(4_000_000);
+    let known = scenario.cross().report;
+    let at = |report: &Report| report.promise.unwrap().at;
+    assert_eq!(at(&known), known.prepare);
+    // Otherwise the first slice measures it.
+    assert!(at(&unknown) > unknown.prepare);
 }
