@@ -294,37 +294,25 @@ pub fn next_epoch(records: &[Record]) -> Result<u64, Reason> {
     }
 }
 
-/// May this side take a machine that the host with the ledger `from` offers with `epoch`? If so: which of this side's
-/// doubts the offer settles. [`settle_returned`] writes that down, before anything is built.
+/// May this side take a machine that is offered with `epoch`? If so: which of this side's doubts the offer settles.
+/// [`settle_returned`] writes that down, before anything is built.
 ///
 /// # A machine that comes back to a host in doubt
 ///
-/// This host gave the machine away and never heard what became of it. Then the host that it went to sends it back. Must a
-/// person settle the doubt first? No: the offer is the word that was waited for.
+/// This host gave the machine away and never heard what became of it. Then some host offers it: the one that it went to, or
+/// another that has it from there. Must a person settle the doubt first? No: the offer is the word that was waited for.
 ///
-/// - *It comes from the ledger that the hand over went to.* That ledger's word would settle the doubt anyway. Nobody
-///   else's offer does: one that has the machine from there says nothing of how it got there.
-/// - *Its epoch is higher than that of the hand over.* To offer a machine a side needs the right to run it, and its
-///   epoch is one more than any that its ledger knows. While the hand over is open, the right is here or there: a side
-///   that did not take it has no right to offer, and if what it has is an old copy, its ledger says `Gone` (see
-///   `next_epoch`) or counts from before the hand over.
+/// - To offer a machine a side needs the right to run it. From the go-ahead on the right is here or there, and this side uses
+///   it no more: whoever has it now has it because the other side took it. It does not matter how many it passed through.
+/// - *The epoch is higher than that of the hand over.* So the offer was made after the go-ahead. Epochs only grow along the way
+///   that the right takes, because every side counts on from all that its ledger knows, and a ledger keeps the last word on a
+///   machine for ever. An offer from before, that comes late, has a lower epoch; so has an old copy, and its ledger says
+///   `Gone` (see `next_epoch`).
 ///
 /// The danger is the other copy: the one that stands still here, in doubt, and that an answer `Declined`, or a user, could
 /// still set going beside the one that comes. So the doubt becomes `Gone` in the ledger before the machine is built here,
 /// and the ledger takes nothing from a process that has not seen that. `tests/journeys_model.rs` walks every order of this.
-pub fn check_epoch(records: &[Record], from: LedgerId, epoch: u64) -> Result<Vec<Record>, Reason> {
-    let doubts = || {
-        records
-            .iter()
-            .filter(|record| record.standing == Standing::GivenAway)
-    };
-    if doubts().any(|doubt| doubt.peer != Some(from)) {
-        return Err(Reason::new(
-            Cause::Busy,
-            "this host itself handed the machine over, to another host than the one that offers it, and never heard the \
-             answer: settle it with `ferry resolve` first",
-        ));
-    }
+pub fn check_epoch(records: &[Record], epoch: u64) -> Result<Vec<Record>, Reason> {
     match binding(records) {
         Some(last) if last.epoch >= epoch => Err(Reason::new(
             Cause::NotAllowed,
@@ -333,7 +321,12 @@ pub fn check_epoch(records: &[Record], from: LedgerId, epoch: u64) -> Result<Vec
                 last.epoch
             ),
         )),
-        _ => Ok(doubts().cloned().collect()),
+        _ => {
+            let doubts = records
+                .iter()
+                .filter(|record| record.standing == Standing::GivenAway);
+            Ok(doubts.cloned().collect())
+        }
     }
 }
 
@@ -356,10 +349,14 @@ pub fn settle_returned(ledger: &mut dyn Ledger, doubts: Vec<Record>) -> Result<(
 /// Needed is a doubt; a `Taken` that the other side may not have heard of, because without it the answer would be
 /// `Declined`; and the last word on each machine, which refuses old copies of it. Not needed are `Kept` and `Declined`:
 /// they say what would be said without them, and their epochs, which nobody took, may be used again.
+///
+/// A `Taken` may stay unheard for ever, when the link broke behind the answer. That the machine has left again, or ended, is no
+/// reason to forget it: the side that gave it may still be in doubt, and would run its old copy. It is needed no more when the
+/// two sides had to do with each other about this machine again.
 pub fn is_needed(record: &Record, all: &[Record]) -> bool {
     let is_final = |record: &Record| match record.standing {
         Standing::Gone => true,
-        Standing::Taken => record.heard,
+        Standing::Taken => record.heard || is_known_there(record, all),
         Standing::GivenAway | Standing::Kept | Standing::Declined => false,
     };
     match record.standing {
@@ -369,6 +366,21 @@ pub fn is_needed(record: &Record, all: &[Record]) -> bool {
             .iter()
             .any(|later| later.machine == record.machine && later.epoch > record.epoch && is_final(later)),
     }
+}
+
+/// Whether what came later shows that the side that gave the machine does not ask for this `Taken` any more: it sent the
+/// machine here again, and nobody sends what he is in doubt about; or it agreed to take it from here, and wrote down before
+/// that that it had been gone (see [`check_epoch`]). An offer alone, which left a `Declined`, shows nothing: its epoch may be used
+/// again.
+fn is_known_there(taken: &Record, all: &[Record]) -> bool {
+    all.iter().any(|later| {
+        let binds = matches!(
+            later.standing,
+            Standing::Taken | Standing::GivenAway | Standing::Gone
+        );
+        let same_sides = later.machine == taken.machine && taken.peer.is_some() && later.peer == taken.peer;
+        binds && same_sides && later.epoch > taken.epoch
+    })
 }
 
 /// What the giver learned.

@@ -26,7 +26,7 @@ const STALL: Duration = Duration::from_secs(10);
 /// whether the machine runs there. It stays stopped here, whole. This command asks the receiver that the machine went to; any
 /// `ferry receive` of that host answers, also one that was started since. What it says decides: the machine ends here, or it
 /// runs on here and never there. Only if nobody can be asked, or the answer proves nothing, your own word counts (--here,
-/// --there). If the machine is sent back here from where it went, nothing needs to be settled: that says enough.
+/// --there). If the machine is sent back here, by whichever host has it by then, nothing needs to be settled: that says enough.
 ///
 /// Without a name: what this host's ledger says of crossings that nobody confirmed, and of machines that came. What is settled
 /// and needed for nothing is kept for 30 days, and no more than 1000 crossings of it.

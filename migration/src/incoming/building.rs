@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::failure::{Cause, Phase, Reason};
-use crate::handover::{Arrival, LedgerId, check_epoch, settle_returned};
+use crate::handover::{Arrival, check_epoch, settle_returned};
 use crate::machine::Offer;
 use crate::pages::decode::Placement;
 use crate::wire::{MAX_BLOCKS, MAX_LANES, Message, VERSION_WITH_NAMES};
@@ -18,7 +18,7 @@ impl Greeted {
         offer: Offer,
         room: &mut Room<'_>,
     ) -> Result<(Incoming, Reply), Box<Failed>> {
-        may_come(self.peer, epoch, &offer, room).map_err(Failed::closed)?;
+        may_come(epoch, &offer, room).map_err(Failed::closed)?;
         let lanes = lanes.clamp(1, room.terms.most_lanes.clamp(1, MAX_LANES));
         let offered = Offered {
             greeted: self,
@@ -31,7 +31,7 @@ impl Greeted {
 
     /// A question: whatever the answer is, this side waits on as if nobody had asked.
     pub(super) fn consider(self, epoch: u64, offer: &Offer, room: &mut Room<'_>) -> (Incoming, Reply) {
-        let message = match may_come(self.peer, epoch, offer, room) {
+        let message = match may_come(epoch, offer, room) {
             Ok(()) => Message::Accepted {
                 lanes: room.terms.most_lanes.clamp(1, MAX_LANES),
             },
@@ -44,9 +44,9 @@ impl Greeted {
     }
 }
 
-fn may_come(from: LedgerId, epoch: u64, offer: &Offer, room: &mut Room<'_>) -> Result<(), Reason> {
+fn may_come(epoch: u64, offer: &Offer, room: &mut Room<'_>) -> Result<(), Reason> {
     check_offer(offer)?;
-    check_epoch(&room.ledger.records(offer.card.machine)?, from, epoch)?;
+    check_epoch(&room.ledger.records(offer.card.machine)?, epoch)?;
     room.machine.admit(offer)
 }
 
@@ -91,7 +91,7 @@ impl Offered {
         let settled = room
             .ledger
             .records(offer.card.machine)
-            .and_then(|records| check_epoch(&records, peer, epoch))
+            .and_then(|records| check_epoch(&records, epoch))
             .and_then(|doubts| settle_returned(room.ledger, doubts));
         if let Err(reason) = settled {
             return Err(Failed::closed(reason));

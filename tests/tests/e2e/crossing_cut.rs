@@ -225,3 +225,35 @@ fn a_machine_comes_back_to_the_host_that_never_heard_that_it_had_left() {
     guest.then(serial);
     guest.swept();
 }
+
+/// The same, and it has been at a third host in between.
+#[test]
+fn a_machine_comes_back_to_a_host_in_doubt_by_way_of_a_third_one() {
+    let Some((here, there, mut guest)) = pair(WORK, &["--memory", "64M"]) else {
+        return;
+    };
+    let third = Host::new();
+    let serial = there.file("there.serial");
+    let receiver = Receiver::start(&there, &serial, &[]);
+    let relay = Relay::at(receiver.port(), Point::first("Awake"), Act::CutBefore, true);
+    let ran = migrate(&here, "m", &relay.address, &ONCE);
+    assert!(ran.code == 1 && ran.stderr.contains("ferry resolve"), "{ran:?}");
+    let copy = here.entry("m").unwrap().pid;
+    guest.then(serial);
+    guest.beats_on(2);
+    let serial = third.file("third.serial");
+    let on = Receiver::start(&third, &serial, &[]);
+    migrate(&there, "m", &on.address, &["--verify"]).success();
+    guest.then(serial);
+    guest.beats_on(2);
+    assert_eq!(here.entry("m").unwrap().pid, copy);
+    let serial = here.file("back.serial");
+    let back = Receiver::start(&here, &serial, &[]);
+    migrate(&third, "m", &back.address, &["--verify"]).success();
+    guest.then(serial);
+    assert!(runs_at(&here, "m"));
+    assert_ne!(here.entry("m").unwrap().pid, copy);
+    guest.swept();
+    let known = here.ferry(["resolve"]).success().stdout;
+    assert!(!known.contains("nobody confirmed"), "{known}");
+}
