@@ -76,6 +76,8 @@ pub enum Cause {
     NotConverging,
     /// After the hand over: the other side did not take the machine.
     Declined,
+    /// The guest ended while it crossed: nothing is left to run.
+    Ended,
 }
 
 /// A failed step. `message` is one clear sentence; the whereabouts and the advice complete it.
@@ -106,6 +108,7 @@ impl Failure {
             (_, Cause::Deadline) => "allow more time, more bandwidth or more downtime",
             (_, Cause::NotConverging) => "allow more bandwidth, more downtime or throttling",
             (_, Cause::Declined) => "try again",
+            (_, Cause::Ended) => "start it again where you want it",
         }
     }
 }

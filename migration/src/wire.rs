@@ -6,7 +6,7 @@
 //!
 //! Versions: both sides say the oldest and the newest they speak, and use the newest common one.
 //! 1: everything but names. 2: content names (`Announce`, `Wanted`). 3: pages that are mostly the same. 4: questions
-//! before a crossing (`Consider`, `Ballast`, `Swallowed`), and `Awake` in place of `Running`.
+//! before a crossing (`Consider`, `Ballast`, `Swallowed`), and `Awake` in place of `Running`. 5: `Cause::Ended`.
 
 mod frame;
 mod parts;
@@ -28,7 +28,7 @@ use parts::{
     read_standing, standing_code, write_names, write_numbers, write_offer,
 };
 
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 pub const OLDEST_VERSION: u16 = 1;
 /// The version that brought content names.
 pub const VERSION_WITH_NAMES: u16 = 2;
@@ -38,6 +38,9 @@ pub const VERSION_WITH_MOSTLY_SAME: u16 = 3;
 pub const VERSION_WITH_QUESTIONS: u16 = 4;
 /// The version in which the incoming side says when the guest ran.
 pub const VERSION_WITH_AWAKE: u16 = 4;
+
+/// The version in which a side says of a guest that it has ended.
+pub const VERSION_WITH_ENDED: u16 = 5;
 
 pub const MAX_MESSAGE_BYTES: usize = 2 << 20;
 pub const MAX_DESCRIPTION_BYTES: usize = 1 << 20;

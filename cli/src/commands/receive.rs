@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use ferry_migration::cost::parse_duration;
+use ferry_migration::failure::{Cause, Reason};
 use ferry_migration::receiver::ReceiveOptions;
 use ferry_migration::transport::{Address, Listener, Tls};
 use ferry_vmm::config::{self, DiskFormat, SerialTarget};
@@ -206,15 +207,23 @@ fn serve_one(
             // Whoever started this only asked, and has heard the answer.
             return Ok(ExitCode::SUCCESS);
         }
-        return Err(match received.reason {
-            Some(reason) => anyhow!("no machine came: {reason}; the machine is at the other side"),
-            None => anyhow!("no machine came; the machine is at the other side"),
-        });
+        return Err(none_came(received.reason));
     };
     taken(&arrived.serving.control().name.clone());
     match arrived.serving.wait() {
         State::Failed { message } => Err(anyhow!("{message}")),
         _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Why no machine came, and where it is.
+fn none_came(reason: Option<Reason>) -> anyhow::Error {
+    match reason {
+        Some(reason) if reason.cause == Cause::Ended => {
+            anyhow!("no machine came: {reason}; it ended at the other side and runs nowhere")
+        }
+        Some(reason) => anyhow!("no machine came: {reason}; the machine is at the other side"),
+        None => anyhow!("no machine came; the machine is at the other side"),
     }
 }
 

@@ -1,10 +1,10 @@
 //! When the link breaks: a new connection, what the other side holds, and the farewell if there is none.
 
-use crate::failure::{Failure, Reason, Side};
+use crate::failure::{Cause, Failure, Reason, Side, Whereabouts};
 use crate::link::{LinkError, LinkErrorKind};
 use crate::report::Event;
 use crate::talk::Broke;
-use crate::wire::{Message, Purpose, Stage};
+use crate::wire::{Message, Purpose, Stage, VERSION_WITH_ENDED};
 
 use super::{Crossing, FAREWELL, LAST_WORD, RETRY_AFTER};
 
@@ -107,12 +107,13 @@ impl Crossing<'_> {
 
     /// Tells the other side, if it can still hear, so that it need not wait.
     pub(super) fn say_farewell(&mut self, failure: &Failure) {
-        let Failure {
-            cause,
-            phase,
-            message,
-            ..
-        } = failure.clone();
+        let Failure { phase, message, .. } = failure.clone();
+        let cause = match self.whereabouts() {
+            Whereabouts::Ended if self.version >= VERSION_WITH_ENDED => Cause::Ended,
+            // An older side does not know this one.
+            _ if failure.cause == Cause::Ended => Cause::Machine,
+            _ => failure.cause,
+        };
         if self
             .talk
             .say(&Message::Cancel {

@@ -129,7 +129,7 @@ const PHASES: [Phase; 9] = [
     Phase::Finish,
 ];
 
-const CAUSES: [Cause; 17] = [
+const CAUSES: [Cause; 18] = [
     Cause::Link,
     Cause::Stalled,
     Cause::Version,
@@ -147,6 +147,7 @@ const CAUSES: [Cause; 17] = [
     Cause::Deadline,
     Cause::NotConverging,
     Cause::Declined,
+    Cause::Ended,
 ];
 
 const STANDINGS: [Standing; 5] = [

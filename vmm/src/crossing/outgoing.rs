@@ -190,12 +190,21 @@ impl OutgoingMachine for Leaving {
         if fits {
             return Ok(());
         }
-        let sentence = match state {
-            State::Paused => "the machine was paused while it crossed".to_owned(),
-            State::Running => "the machine was resumed while it crossed".to_owned(),
-            other => format!("the machine ended while it crossed: it is {other}"),
+        let (cause, sentence) = match state {
+            State::Paused => (
+                Cause::Machine,
+                "the machine was paused while it crossed".to_owned(),
+            ),
+            State::Running => (
+                Cause::Machine,
+                "the machine was resumed while it crossed".to_owned(),
+            ),
+            other => (
+                Cause::Ended,
+                format!("the machine ended while it crossed: it is {other}"),
+            ),
         };
-        Err(Reason::new(Cause::Machine, sentence))
+        Err(Reason::new(cause, sentence))
     }
 
     fn has_ended(&self) -> bool {
