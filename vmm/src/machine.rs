@@ -466,6 +466,13 @@ impl Machine {
             .unwrap_or_default()
     }
 
+    /// Whether a driver of the guest's may reset virtio queues one by one.
+    pub fn resets_queues(&self) -> bool {
+        let body = self.body();
+        let mut functions = body.iter().flat_map(|body| &body.devices.pci.functions);
+        functions.any(|function| function.resets_queues())
+    }
+
     pub fn info(&self) -> Info {
         let exits = self
             .body()

@@ -36,6 +36,8 @@ pub(crate) struct Pci {
     pub(crate) ports: Arc<ConfigPorts>,
     pub(crate) nets: Vec<NetHandle>,
     pub(crate) balloon: Option<Arc<BalloonControl>>,
+    /// All of them.
+    pub(crate) functions: Vec<Arc<VirtioPci>>,
 }
 
 /// Guests' notifications become events in the kernel.
@@ -99,18 +101,21 @@ impl Pci {
             nets,
             balloon,
         } = make(config, resources, &vm.ram, &wiring.console)?;
-        let pci = Pci {
+        let mut pci = Pci {
             root,
             ports: config_ports,
             nets,
             balloon,
+            functions: Vec::new(),
         };
         let binder: Arc<dyn NotifyBinder> = Arc::new(Notifications { vm: (*vm).clone() });
         for (slot, device) in (1..).zip(devices) {
             let msi = interrupts.messages(VirtioPci::vectors(device.queue_sizes().len()))?;
             let function =
                 VirtioPci::new(slot, device, vm.ram.clone(), msi, binder.clone()).map_err(failed)?;
-            pci.root.add(slot, Arc::new(function)).map_err(failed)?;
+            let function = Arc::new(function);
+            pci.root.add(slot, function.clone()).map_err(failed)?;
+            pci.functions.push(function);
         }
         Ok(pci)
     }

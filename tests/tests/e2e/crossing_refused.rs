@@ -3,6 +3,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
+use std::sync::{Arc, Mutex};
 
 use ferry_migration::failure::{Cause, Phase, Reason};
 use ferry_migration::wire::{ENVELOPE_BYTES, Greeting, Message, envelope, open_envelope};
@@ -165,6 +166,68 @@ fn a_host_that_lacks_a_cpu_feature_or_speaks_another_version_says_so() {
     let serial = there.file("there.serial");
     let receiver = Receiver::start(&there, &serial, &[]);
     migrate(&here, "m", &receiver.address, &[]).success();
+    guest.then(serial);
+    guest.swept();
+}
+
+/// What a guest uses that is newer than its description goes by its own name there, and only if it is used: an older ferry
+/// refuses it by that name, and takes all others.
+#[test]
+fn what_an_older_ferry_does_not_know_is_named_before_anything_is_copied() {
+    const NEWER: &str = "virtio_ring_reset";
+    let Some((here, there, mut guest)) = pair(
+        "work=allocator+entropy memory=2M rate=100",
+        &["--memory", "64M", "--rng"],
+    ) else {
+        return;
+    };
+    let plain = start(
+        &here,
+        "plain",
+        "work=allocator memory=2M rate=100",
+        &["--memory", "64M"],
+    );
+    // This ferry stands for the older one, and tomorrow's feature for today's.
+    let seen = Arc::<Mutex<Vec<Option<Value>>>>::default();
+    let keep = seen.clone();
+    let tomorrow = move |message: &mut Message| {
+        let Message::Offer { offer, .. } = message else {
+            return;
+        };
+        let mut description: Value = rmp_serde::from_slice(&offer.card.description).unwrap();
+        let used = description.as_object_mut().unwrap().remove(NEWER);
+        if let Some(used) = &used {
+            description["virtio_of_tomorrow"] = used.clone();
+        }
+        keep.lock().unwrap().push(used);
+        offer.card.description = rmp_serde::to_vec_named(&description).unwrap();
+    };
+    let serial = there.file("there.serial");
+    let receiver = Receiver::start(&there, &serial, &[]);
+    let relay = Relay::edit(receiver.port(), tomorrow);
+    let ran = migrate(&here, "m", &relay.address, &[]);
+    says_why(&here, &guest, &ran, "`virtio_of_tomorrow`");
+    assert!(
+        ran.stderr.contains("use the same version of ferry on both hosts"),
+        "{ran:?}"
+    );
+    assert!(!relay.messages().iter().any(|point| point.message == "RoundEnd"));
+    assert_eq!(receiver.end().0, 1);
+    let receiver = Receiver::start(&there, &there.file("plain.serial"), &[]);
+    let relay = Relay::edit(receiver.port(), {
+        let keep = seen.clone();
+        move |message| {
+            if let Message::Offer { offer, .. } = message {
+                let description: Value = rmp_serde::from_slice(&offer.card.description).unwrap();
+                keep.lock().unwrap().push(description.get(NEWER).cloned());
+            }
+        }
+    });
+    migrate(&here, "plain", &relay.address, &[]).success();
+    drop((receiver, plain));
+    assert_eq!(*seen.lock().unwrap(), [Some(json!(true)), None]);
+    let receiver = Receiver::start(&there, &serial, &[]);
+    migrate(&here, "m", &receiver.address, &["--verify"]).success();
     guest.then(serial);
     guest.swept();
 }

@@ -18,6 +18,11 @@ pub(super) struct Description {
     pub(super) guest: GuestDescription,
     /// Both sides see the same images: only memory and state cross.
     pub(super) shared_storage: bool,
+    // What came later than these is here under a name of its own, and only if the guest uses it: a ferry that is older than
+    // it refuses the machine by that name, before anything is copied, and takes all others.
+    /// A driver has agreed on VIRTIO_F_RING_RESET.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) virtio_ring_reset: bool,
 }
 
 impl Description {
@@ -35,7 +40,7 @@ impl Description {
         let refuse = |text: String| Reason::new(Cause::Protocol, text);
         let description: Description = rmp_serde::from_slice(&offer.card.description).map_err(|error| {
             refuse(format!(
-                "the machine's description is not understood here: {error}"
+                "the machine uses something that this version of ferry does not know: {error}"
             ))
         })?;
         description

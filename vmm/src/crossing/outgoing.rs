@@ -147,6 +147,7 @@ impl OutgoingMachine for Leaving {
             config,
             guest: self.machine.description().clone(),
             shared_storage: self.shared_storage,
+            virtio_ring_reset: self.machine.resets_queues(),
         };
         Ok(MachineCard {
             machine: self.id,

@@ -21,7 +21,7 @@ const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
 const STATUS_BITS: u8 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
 pub(super) const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 
-const RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
+pub(super) const RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
 
 const LEN: usize = 0x40;
 const DEVICE_FEATURE_SELECT: u64 = 0x00;

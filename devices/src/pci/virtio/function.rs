@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::common::{Common, Effect, Registers};
+use super::common::{Common, Effect, RING_RESET, Registers};
 use super::interrupts::{Interrupts, SavedInterrupts};
 use super::layout::{self, Capabilities};
 use crate::bus::BusDevice;
@@ -121,6 +121,11 @@ impl VirtioPci {
     /// How many MSI-X vectors a device of so many queues has.
     pub fn vectors(queues: usize) -> usize {
         queues + 1
+    }
+
+    /// Whether the driver may reset queues one by one. Not every version of this program can take such a device over.
+    pub fn resets_queues(&self) -> bool {
+        self.lock().common.features() & RING_RESET != 0
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -16,6 +16,8 @@ use queue::Queue;
 const VENDOR: u16 = 0x1af4;
 pub const EVENT_INDEX: u64 = 1 << 29;
 const VERSION_1: u64 = 1 << 32;
+/// Agreed on and not used, as most drivers do.
+const RING_RESET: u64 = 1 << 40;
 const NO_VECTOR: u16 = 0xffff;
 
 static NEXT_VECTOR: AtomicU8 = AtomicU8::new(cpu::DEVICE_VECTOR);
@@ -98,7 +100,7 @@ impl Device {
         let low: u32 = common.get(4);
         common.set(0, 1u32);
         let high: u32 = common.get(4);
-        device.features = (low as u64 | (high as u64) << 32) & (wanted | VERSION_1);
+        device.features = (low as u64 | (high as u64) << 32) & (wanted | VERSION_1 | RING_RESET);
         common.set(8, 0u32);
         common.set(12, device.features as u32);
         common.set(8, 1u32);
