@@ -120,7 +120,7 @@ fn random_and_zipf_stay_in_range_and_zipf_is_steep() {
 
 #[test]
 fn an_order_line_is_read_word_by_word() {
-    let text = "work=allocator+gc memory=64M wws=30 rate=max order=zipf random=50 writers=2 heartbeat=100ms \
+    let text = "work=allocator+gc memory=64M wws=30 rate=max catch-up=5ms order=zipf random=50 writers=2 heartbeat=100ms \
                 classes=239@3.29,1189@.02075,rest@0.00638 run=5s exit=debug:3 ip=10.0.0.2/24 gw=10.0.0.1";
     let (plan, wrong) = Plan::read(text);
     assert_eq!(wrong, None);
@@ -128,6 +128,10 @@ fn an_order_line_is_read_word_by_word() {
     assert_eq!(
         (plan.memory, plan.rate, plan.writers),
         (Some(64 << 20), Rate::Max, 2)
+    );
+    assert_eq!(
+        (plan.catch_up_ns, Plan::read("").0.catch_up_ns),
+        (5_000_000, 100_000_000)
     );
     assert_eq!((plan.run_ns, plan.end), (Some(5_000_000_000), End::Debug(3)));
     assert_eq!(plan.address, Some(([10, 0, 0, 2], 24)));
@@ -142,6 +146,7 @@ fn an_order_line_is_read_word_by_word() {
 fn nonsense_is_named_and_leaves_the_default() {
     for bad in [
         "rate=fast",
+        "catch-up=1ms",
         "wws=101",
         "memory=12Q",
         "work=dance",

@@ -7,7 +7,8 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -85,7 +86,8 @@ impl Ran {
     }
 }
 
-/// Waits for a child's end and takes what it wrote. A child that does not end is killed, and the test fails.
+/// Waits for a child's end and takes what it wrote. A child that does not end is killed, and the test fails; so it does when
+/// something that the child started holds its output after the end.
 #[track_caller]
 pub fn finish(child: Child, limit: Duration) -> Ran {
     finish_named("the command", child, limit)
@@ -93,16 +95,7 @@ pub fn finish(child: Child, limit: Duration) -> Ran {
 
 #[track_caller]
 fn finish_named(what: &str, mut child: Child, limit: Duration) -> Ran {
-    fn collect(pipe: Option<impl std::io::Read + Send + 'static>) -> thread::JoinHandle<String> {
-        thread::spawn(move || {
-            let mut bytes = Vec::new();
-            if let Some(mut pipe) = pipe {
-                let _ = pipe.read_to_end(&mut bytes);
-            }
-            String::from_utf8_lossy(&bytes).into_owned()
-        })
-    }
-    let (stdout, stderr) = (collect(child.stdout.take()), collect(child.stderr.take()));
+    let (mut stdout, mut stderr) = (Pipe::read(child.stdout.take()), Pipe::read(child.stderr.take()));
     let begun = Instant::now();
     let status = loop {
         if let Some(status) = child.try_wait().expect("a child can be waited for") {
@@ -113,17 +106,63 @@ fn finish_named(what: &str, mut child: Child, limit: Duration) -> Ran {
             let _ = child.wait();
             panic!(
                 "{what} did not end within {limit:?}; it said {:?} {:?}",
-                stdout.join(),
-                stderr.join()
+                stdout.so_far(),
+                stderr.so_far()
             );
         }
         thread::sleep(Duration::from_millis(2));
     };
-    let text = |reader: thread::JoinHandle<String>| reader.join().expect("a reader does not panic");
+    let until = begun + limit.max(CLOSING);
+    if !(stdout.closes(until) && stderr.closes(until)) {
+        panic!(
+            "{what} has ended ({status}), but something that it started still holds its output; it said {:?} {:?}",
+            stdout.so_far(),
+            stderr.so_far()
+        );
+    }
     Ran {
         code: status.code().unwrap_or(-1),
-        stdout: text(stdout),
-        stderr: text(stderr),
+        stdout: stdout.so_far(),
+        stderr: stderr.so_far(),
+    }
+}
+
+/// How long the pipes of a child that has ended may stay open at least.
+const CLOSING: Duration = Duration::from_secs(5);
+
+/// What comes out of a pipe, read by a thread of its own.
+struct Pipe {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    closed: Receiver<()>,
+}
+
+impl Pipe {
+    fn read(pipe: Option<impl std::io::Read + Send + 'static>) -> Pipe {
+        let bytes = Arc::<Mutex<Vec<u8>>>::default();
+        let (open, closed) = channel::<()>();
+        let keep = bytes.clone();
+        thread::spawn(move || {
+            let _open = open;
+            let mut piece = [0; 4096];
+            if let Some(mut pipe) = pipe {
+                while let Ok(count @ 1..) = pipe.read(&mut piece) {
+                    keep.lock()
+                        .expect("nobody panics with it")
+                        .extend_from_slice(&piece[..count]);
+                }
+            }
+        });
+        Pipe { bytes, closed }
+    }
+
+    /// Waits for its end; false if it is still open then.
+    fn closes(&mut self, until: Instant) -> bool {
+        let left = until.saturating_duration_since(Instant::now());
+        self.closed.recv_timeout(left) == Err(RecvTimeoutError::Disconnected)
+    }
+
+    fn so_far(&self) -> String {
+        String::from_utf8_lossy(&self.bytes.lock().expect("nobody panics with it")).into_owned()
     }
 }
 
@@ -253,5 +292,29 @@ impl Drop for Host {
                 let _ = kill_process(pid, Signal::KILL);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A machine that a command left behind, with the command's output in its hands, must not keep a test waiting for ever.
+    #[test]
+    fn who_leaves_something_behind_that_holds_its_output_is_found_out_in_time() {
+        let mut leaves = Command::new("sh");
+        leaves.args(["-c", "sleep 600 & echo $!"]);
+        leaves.stdout(Stdio::piped()).stderr(Stdio::null());
+        let child = leaves.spawn().expect("a shell");
+        let begun = Instant::now();
+        let failed = std::panic::catch_unwind(move || finish(child, CLOSING)).unwrap_err();
+        assert!(begun.elapsed() < PATIENCE);
+        let said = failed.downcast_ref::<String>().expect("a sentence");
+        assert!(said.contains("still holds its output"), "{said}");
+        let left: i32 = said
+            .split('"')
+            .find_map(|part| part.strip_suffix("\\n")?.parse().ok())
+            .expect("the number that it said");
+        let _ = kill_process(Pid::from_raw(left).expect("a process"), Signal::KILL);
     }
 }

@@ -284,7 +284,7 @@ impl<'a> Hiring<'a> {
         let set = (evidence.pages.count() * plan.wws_percent / 100).max(1);
         let each = (set / writers).max(1);
         for writer in 0..writers.min(set) {
-            let pace = Pace::of(plan.rate, writers);
+            let pace = Pace::of(plan.rate, writers).map(|pace| pace.catching_up(plan.catch_up_ns));
             let picker = Picker::new(plan.order, each, plan.seed ^ writer);
             let writer_of = Writer {
                 evidence,

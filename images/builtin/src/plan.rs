@@ -6,6 +6,8 @@ use crate::orders::{
 use crate::pick::Order;
 
 pub const MAX_CLASSES: usize = 16;
+/// What a stall of more than this has put off is not caught up with, unless told otherwise.
+pub const CATCH_UP_NS: u64 = 100_000_000;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Rate {
@@ -100,6 +102,8 @@ pub struct Plan {
     pub allocations: Rate,
     pub wws_percent: u64,
     pub rate: Rate,
+    /// How much of a stall the writers catch up with.
+    pub catch_up_ns: u64,
     pub order: Order,
     pub random_percent: u64,
     pub writers: usize,
@@ -146,6 +150,7 @@ impl Plan {
             allocations: Rate::Max,
             wws_percent: 30,
             rate: Rate::PerSecond(1000),
+            catch_up_ns: CATCH_UP_NS,
             order: Order::Sequential,
             random_percent: 50,
             writers: 0,
@@ -203,6 +208,7 @@ impl Plan {
             "allocations" => self.allocations = rate(value)?,
             "wws" => self.wws_percent = percent(value)?,
             "rate" => self.rate = rate(value)?,
+            "catch-up" => self.catch_up_ns = duration_ns(value).filter(|&ns| ns >= 4_000_000)?,
             "order" => self.order = Order::parse(value)?,
             "random" => self.random_percent = percent(value)?,
             "writers" => self.writers = value.parse().ok().filter(|n| (1..=256).contains(n))?,

@@ -21,6 +21,7 @@ mod crossing_refused;
 mod crossing_ring;
 mod crossing_soak;
 mod crossing_ssh;
+mod crossing_throttle;
 mod detach;
 mod ends;
 mod forecast;

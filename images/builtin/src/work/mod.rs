@@ -12,7 +12,7 @@ pub mod io;
 pub mod server;
 pub mod spin;
 
-use crate::plan::Rate;
+use crate::plan::{CATCH_UP_NS, Rate};
 
 /// When a worker wants to run again.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -58,14 +58,14 @@ impl Worker {
 /// Spreads a rate evenly over time.
 pub struct Pace {
     per_second_micro: u64,
+    /// What a stall of more than this has put off is not caught up with.
+    catch_up_ns: u64,
     done: u64,
     since: Option<u64>,
 }
 
 /// Work is asked for at most this often, so that a slow rate lets the vCPU sleep.
 const QUANTUM_NS: u64 = 4_000_000;
-/// What a stall of more than this has put off is not caught up with.
-const LONGEST_CATCH_UP_NS: u64 = 100_000_000;
 
 impl Pace {
     /// None: as fast as it goes.
@@ -80,9 +80,14 @@ impl Pace {
     pub fn new(per_second_micro: u64) -> Pace {
         Pace {
             per_second_micro,
+            catch_up_ns: CATCH_UP_NS,
             done: 0,
             since: None,
         }
+    }
+
+    pub fn catching_up(self, catch_up_ns: u64) -> Pace {
+        Pace { catch_up_ns, ..self }
     }
 
     /// How many of at most `batch` are due, and when to ask again.
@@ -94,7 +99,7 @@ impl Pace {
         let target = |at: u64| {
             (at.saturating_sub(since) as u128 * self.per_second_micro as u128 / 1_000_000_000_000_000) as u64
         };
-        let oldest = target(now.saturating_sub(LONGEST_CATCH_UP_NS));
+        let oldest = target(now.saturating_sub(self.catch_up_ns));
         self.done = self.done.max(oldest);
         let due = target(now).saturating_sub(self.done).min(batch);
         self.done += due;
