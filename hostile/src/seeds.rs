@@ -63,6 +63,11 @@ pub fn seeds() -> Vec<Seed> {
     setup[0x238..0x23c].copy_from_slice(&2048u32.to_le_bytes());
     setup[0x264..0x268].copy_from_slice(&0x1000u32.to_le_bytes());
     seeds.push(("bzimage", setup));
+    for target in ["block", "net", "rng", "console", "balloon"] {
+        for queue in 0..2 {
+            seeds.push((target, resets(target, queue)));
+        }
+    }
     seeds
 }
 
@@ -95,6 +100,19 @@ fn request(target: &str, queue: u8) -> Vec<u8> {
     steps.extend([0x0f, queue, 64, 0]);
     steps.extend([7; 64]);
     steps.extend([8, queue, 10, queue]);
+    steps
+}
+
+/// A request, and while it is under way resets of another queue and of its own.
+fn resets(target: &str, queue: u8) -> Vec<u8> {
+    let mut steps = request(target, queue);
+    let other = queue ^ 1;
+    steps.extend([6, queue, 2, 0, 8, queue]);
+    for reset in [other, queue] {
+        steps.extend([0x1a, reset, 8, queue, 0x2a, reset]);
+        steps.extend([4, queue, 0, 0, 6, queue, 1, 0, 8, queue]);
+    }
+    steps.extend([10, queue]);
     steps
 }
 

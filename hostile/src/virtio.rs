@@ -7,6 +7,9 @@ use crate::input::Input;
 use crate::rig::{self, HIGH, HIGH_START, LOW, Outside, Rig};
 
 const STATUS: u64 = 0x14;
+const QUEUE_RESET: u64 = 0x3a;
+const VERSION_1: u64 = 1 << 32;
+const RING_RESET: u64 = 1 << 40;
 const NOTIFY: u64 = 0x3000;
 const BAR_LEN: u64 = 0x1_0000;
 const QUEUE_SIZE: u64 = 16;
@@ -47,7 +50,7 @@ fn attack(device: Box<dyn VirtioDevice>, ram: ferry_devices::ram::Ram, outside: 
         &rig,
         input
             .u32()
-            .map_or(u64::MAX, |features| u64::from(features) | 1 << 32),
+            .map_or(u64::MAX, |features| u64::from(features) | VERSION_1 | RING_RESET),
     );
     while act(&rig, &outside, &mut input).is_some() {}
     // Whatever happened, it can be stopped, saved, and used by a driver that behaves.
@@ -73,18 +76,22 @@ fn probe(rig: &Rig, wanted: u64) {
     rig.poke(STATUS, 0xb, 1);
     let queues = rig.peek(0x12, 2).min(MOST_QUEUES);
     for queue in 0..queues {
-        rig.poke(0x16, queue, 2);
-        rig.poke(0x18, QUEUE_SIZE, 2);
-        let rings = RINGS + queue * PER_QUEUE;
-        for (at, ring) in [(0x20, 0), (0x28, 0x1000), (0x30, 0x2000)] {
-            rig.poke(at, rings + ring, 4);
-            rig.poke(at + 4, 0, 4);
-        }
-        rig.poke(0x1c, 1, 2);
-        // A ring of nothing.
-        rig.store(rings + 0x1000, &[0; 4 + 2 * QUEUE_SIZE as usize]);
+        enable(rig, queue);
     }
     rig.poke(STATUS, 0xf, 1);
+}
+
+fn enable(rig: &Rig, queue: u64) {
+    rig.poke(0x16, queue, 2);
+    rig.poke(0x18, QUEUE_SIZE, 2);
+    let rings = RINGS + queue * PER_QUEUE;
+    for (at, ring) in [(0x20, 0), (0x28, 0x1000), (0x30, 0x2000)] {
+        rig.poke(at, rings + ring, 4);
+        rig.poke(at + 4, 0, 4);
+    }
+    rig.poke(0x1c, 1, 2);
+    // A ring of nothing.
+    rig.store(rings + 0x1000, &[0; 4 + 2 * QUEUE_SIZE as usize]);
 }
 
 /// Buffers, the borders of memory, the hole, the rings themselves, and anywhere.
@@ -122,11 +129,19 @@ fn act(rig: &Rig, outside: &Outside, input: &mut Input) -> Option<()> {
         6 => rig.store(rings + 0x1000 + 2, &input.u16()?.to_le_bytes()),
         7 => rig.store(rings + 0x1000, &u16::from(input.u8()?).to_le_bytes()),
         8 | 9 => rig.poke(NOTIFY + 4 * queue, queue, 2),
-        10 => {
+        10 => match what >> 4 {
+            // One queue alone is taken out of use, and used again.
+            1 => {
+                rig.poke(0x16, queue, 2);
+                rig.poke(QUEUE_RESET, 1, 2);
+            }
+            2 => enable(rig, queue),
             // All that was asked for is done before the next step.
-            rig.root.pause();
-            rig.root.resume();
-        }
+            _ => {
+                rig.root.pause();
+                rig.root.resume();
+            }
+        },
         11 => {
             let at = address(input)?;
             let len = usize::from(input.u8()?) % 64;
@@ -145,7 +160,10 @@ fn act(rig: &Rig, outside: &Outside, input: &mut Input) -> Option<()> {
             let offset = u64::from(input.u16()?) % BAR_LEN;
             rig.peek(offset, usize::from(what >> 4) % 9);
         }
-        14 => probe(rig, u64::from(input.u32()?) | 1 << 32),
+        14 => probe(
+            rig,
+            u64::from(input.u32()?) | VERSION_1 | ((queue & 1) * RING_RESET),
+        ),
         _ => disturb(outside, what >> 4, input)?,
     }
     Some(())
@@ -177,4 +195,23 @@ fn disturb(outside: &Outside, how: u8, input: &mut Input) -> Option<()> {
         }
     }
     Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The fear: these steps do nothing, because the driver never agreed on resets of queues. So it was.
+    #[test]
+    fn a_queue_is_reset_alone_and_used_again() {
+        let (rig, outside) = (Rig::new(rig::memory(), vec![rig::rng()]), Outside::default());
+        for (agreed, left) in [(0, 1), (RING_RESET, 0)] {
+            probe(&rig, VERSION_1 | agreed);
+            for (step, enabled) in [(0x1a, left), (0x2a, 1)] {
+                act(&rig, &outside, &mut Input::new(&[step, 0])).unwrap();
+                assert_eq!((rig.peek(0x1c, 2), rig.peek(STATUS, 1)), (enabled, 0xf));
+            }
+        }
+        rig.root.pause();
+    }
 }
