@@ -73,6 +73,16 @@ pub(super) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// The kernel does not take up again by itself what has a time limit, whatever the signal was for.
+pub(super) fn uninterrupted<T>(mut call: impl FnMut() -> std::io::Result<T>) -> std::io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
 impl Driver {
     pub(super) fn new(sizes: &[u16], features: u64) -> Self {
         let ram = Ram::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).unwrap();

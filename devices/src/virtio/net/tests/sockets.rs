@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use virtio_bindings::virtio_net::*;
 
-use super::driver::Driver;
+use super::driver::{Driver, uninterrupted};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::net::{HEADER_BYTES, Net, NetBackend, NetDeviceConfig, NetLimits, Offloads};
 
@@ -105,7 +105,7 @@ pub(super) fn body(frame: &[u8]) -> &[u8] {
 
 pub(super) fn host_receives(host: &UnixDatagram) -> Vec<u8> {
     let mut buffer = vec![0; 100_000];
-    let len = host.recv(&mut buffer).unwrap();
+    let len = uninterrupted(|| host.recv(&mut buffer)).unwrap();
     buffer.truncate(len);
     buffer
 }

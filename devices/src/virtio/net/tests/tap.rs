@@ -9,7 +9,7 @@ use ferry_network::namespace::Namespace;
 use ferry_network::{Tap, TapConfig};
 use virtio_bindings::virtio_net::*;
 
-use super::driver::{Driver, wait_until};
+use super::driver::{Driver, uninterrupted, wait_until};
 use super::sockets::{CONTROL, MAC, MERGEABLE};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::net::{HEADER_BYTES, Net, NetDeviceConfig, NetLimits, TapBackend};
@@ -166,7 +166,7 @@ fn datagrams_pass_between_guest_and_host() {
                 out.extend(udp_frame(mac, 5000, &payload, false));
                 driver.send(1, &out, &[HEADER_BYTES, 14]);
                 let mut buffer = [0; 2000];
-                let len = socket.recv(&mut buffer).unwrap();
+                let len = uninterrupted(|| socket.recv(&mut buffer)).unwrap();
                 assert_eq!(buffer[..len], payload);
                 driver.wait_until_used(1, 1);
             }
@@ -203,7 +203,7 @@ fn checksums_are_left_to_the_other_side_where_it_can_do_them() {
             out.extend(udp_frame(tap.mac().unwrap(), 5000, &payload, true));
             driver.send(1, &out, &[]);
             let mut buffer = [0; 2000];
-            let len = socket.recv(&mut buffer).unwrap();
+            let len = uninterrupted(|| socket.recv(&mut buffer)).unwrap();
             assert_eq!(buffer[..len], payload);
         })
         .unwrap();
@@ -232,7 +232,7 @@ fn segmentation_is_left_to_the_other_side_where_it_can_do_it() {
             driver.send(1, &out, &[HEADER_BYTES + 42, 4096, 4096, 10_000]);
             for part in payload.chunks(SIZE) {
                 let mut buffer = [0; 3000];
-                let len = socket.recv(&mut buffer).unwrap();
+                let len = uninterrupted(|| socket.recv(&mut buffer)).unwrap();
                 assert_eq!(&buffer[..len], part);
             }
 
