@@ -150,7 +150,7 @@ fn real_reports_are_as_the_schema_says_whether_the_machine_moved_or_not() {
     assert_eq!(violations(&schema(), &report), [""; 0]);
     assert_eq!(report["outcome"]["whereabouts"], "here");
     drop(refusing);
-    // Moved, by the policy that plans anew all the time, over a link that is slower than this host at its busiest.
+    // Moved, by the policy that plans anew all the time, over a link that is slower than this host when it is busy.
     let serial = there.file("there.serial");
     let receiver = Receiver::start(&there, &serial, &[]);
     let flags = [
@@ -201,6 +201,9 @@ fn real_reports_are_as_the_schema_says_whether_the_machine_moved_or_not() {
     guest.sound();
 }
 
+/// As the crossing is told.
+const LINK_BYTES_PER_SEC: f64 = 100e6 / 8.0;
+
 /// What `ferry simulate` makes of the report of a real crossing: with the same policy about the same bytes in about the same
 /// time - the guest is made of a few numbers, and the real host was busy meanwhile, so within a half - and an answer for
 /// the other policies.
@@ -229,20 +232,19 @@ fn played_again(host: &Host, file: &str, report: &Value) {
         outcomes.len() == 3 && outcomes.iter().all(|o| o["crossed"] == true),
         "{ran}"
     );
-    let near = |said: f64, fact: f64, what: &str| {
+    let within = |said: f64, least: f64, most: f64, what: &str| {
         assert!(
-            said > 0.5 * fact && said < 1.5 * fact,
-            "{what}: {said} for {fact}\n{shown}"
+            said > 0.5 * least && said < 1.5 * most,
+            "{what}: {said} for {least} to {most}\n{shown}"
         );
     };
-    let copying = nanoseconds(&report["total"]) - nanoseconds(&report["prepare"]);
-    near(
-        outcomes[0]["total_s"].as_f64().unwrap(),
-        copying as f64 / 1e9,
-        "total",
-    );
     let bytes = report["wire_bytes"].as_f64().unwrap();
-    near(outcomes[0]["bytes"].as_f64().unwrap(), bytes, "bytes");
+    let copying = nanoseconds(&report["total"]) - nanoseconds(&report["prepare"]);
+    // What the link takes for them at least: how much a busy host adds to that, no report tells.
+    let carried = bytes / LINK_BYTES_PER_SEC;
+    let total = outcomes[0]["total_s"].as_f64().unwrap();
+    within(total, carried, copying as f64 / 1e9, "total");
+    within(outcomes[0]["bytes"].as_f64().unwrap(), bytes, bytes, "bytes");
 }
 
 fn fetch(address: &str) -> std::io::Result<usize> {
