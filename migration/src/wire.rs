@@ -1,4 +1,4 @@
-//! Every byte that crosses the link: greetings, messages, limits and the version here, frames in [`frame`].
+//! Every byte that crosses the link: greetings, messages, limits and the version here, frames in `wire/frame.rs`.
 //!
 //! Two kinds of connection. The **control** connection carries [`Message`]s, each in an envelope of length and
 //! CRC32C. A **lane** carries frames: a [`FrameHeader`], a table of [`Entry`]s and their payload, one behind
