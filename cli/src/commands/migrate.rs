@@ -189,6 +189,14 @@ pub fn run(args: &MigrateArgs, globals: &Globals) -> Result<ExitCode> {
             ))
         };
     };
+    if let Some(path) = &args.report {
+        // Found out now, and not when the machine is gone.
+        std::fs::File::options()
+            .append(true)
+            .create(true)
+            .open(path)
+            .with_context(|| format!("the report cannot be written to {}", path.display()))?;
+    }
     let tunnel = if destination.starts_with("ssh://") {
         let to: SshDestination = destination
             .parse()
@@ -260,8 +268,14 @@ pub fn run(args: &MigrateArgs, globals: &Globals) -> Result<ExitCode> {
     }
     if let Some(path) = &args.report {
         let text = serde_json::to_vec_pretty(&report)?;
-        std::fs::write(path, text)
-            .with_context(|| format!("could not write the report to {}", path.display()))?;
+        if let Err(error) = std::fs::write(path, text) {
+            // The last line says where the machine is, whatever becomes of the file.
+            eprintln!(
+                "warning: the report could not be written to {}: {error}; `ferry report {}` has it",
+                path.display(),
+                args.name
+            );
+        }
     }
     finish(&report, destination, args)
 }

@@ -113,6 +113,9 @@ impl ReceiveArgs {
         if !dir.is_dir() {
             return Err(Usage(format!("{} is not a folder; name one with --dir", dir.display())).into());
         }
+        if let Some(image) = self.base.as_ref().filter(|image| !image.exists()) {
+            return Err(Usage(format!("there is no image {} for --base", image.display())).into());
+        }
         Ok(Reception {
             base: globals.base()?,
             dir,
@@ -170,6 +173,8 @@ pub fn run(args: &ReceiveArgs, globals: &Globals) -> Result<ExitCode> {
     if args.serial == SerialTarget::Stdio && !args.once {
         return Err(Usage("--serial stdio is for one machine: add --once".into()).into());
     }
+    // What is wrong with it is said before anybody is waited for.
+    args.reception(globals)?;
     if args.stdio {
         return one_by_stdio(args, globals);
     }

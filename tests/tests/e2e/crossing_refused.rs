@@ -276,6 +276,47 @@ fn a_peer_that_is_no_receiver_of_ours_is_not_tried_again() {
     }
 }
 
+/// What a user gets wrong is said before anybody waits and before anything is begun, and a pipe that broke is not tried again.
+#[test]
+fn odd_orders_are_refused_before_anything_begins() {
+    let there = Host::new();
+    for (words, why) in [
+        (["--dir", "missing"], "missing is not a folder"),
+        (["--base", "missing"], "no image missing for --base"),
+    ] {
+        for once in [&["--once"][..], &[]] {
+            let order = [&["receive", "tcp://127.0.0.1:0"][..], &words, once].concat();
+            let refused = there.ferry(order);
+            assert!(
+                refused.code == 2 && refused.stderr.contains(why) && !refused.stderr.contains("waiting"),
+                "{refused:?}"
+            );
+        }
+    }
+    let Some((here, there, guest)) = pair("work=allocator memory=2M rate=100", &["--memory", "64M"]) else {
+        return;
+    };
+    let receiver = Receiver::start(&there, &there.file("there.serial"), &[]);
+    let nowhere = migrate(
+        &here,
+        "m",
+        &receiver.address,
+        &["--report", "missing/report.json"],
+    );
+    assert!(
+        nowhere.code == 1
+            && nowhere
+                .stderr
+                .contains("cannot be written to missing/report.json"),
+        "{nowhere:?}"
+    );
+    guest.beats_on(2);
+    assert!(runs_at(&here, "m") && there.remains().is_empty());
+    let no_ssh = migrate(&here, "m", "ssh://beta.lan", &["--ssh", "/bin/false"]);
+    // Which end notices first is chance; one line says it, and no other try does.
+    says_why(&here, &guest, &no_ssh, "check the link");
+}
+
 #[test]
 fn a_receiver_whose_pipe_ends_ends_with_it() {
     let there = Host::new();

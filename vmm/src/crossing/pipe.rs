@@ -48,6 +48,10 @@ impl Link for Pipe {
         self.link.most_lanes()
     }
 
+    fn reconnects(&self) -> bool {
+        self.link.reconnects()
+    }
+
     fn parallel(&self) -> bool {
         self.link.parallel()
     }
