@@ -14,17 +14,23 @@
 //!    network finds it closed. The one change it may make is from `Taken` to `Declined` when starting the
 //!    machine failed before a single instruction ran and nobody was told yet.
 //!
-//! Writing to a disk takes milliseconds, and in the switch the machine runs nowhere. So the outgoing side writes
-//! `GivenAway` *before* it pauses the machine (it is `Armed`: still entitled, and free to step back, which it writes
-//! down too), and the incoming side writes its record as declined when it is built, which is what a restart must
-//! find, so that `Taken` is one small overwrite in place.
+//! Writing to a disk takes milliseconds, a hundred of them where the disk is busy, and in the switch the machine runs
+//! nowhere. So the outgoing side writes `GivenAway` *before* it pauses the machine (it is `Armed`: still entitled, and free
+//! to step back, which it writes down too). The incoming side writes `Waiting` when it is built, with the number of the
+//! host's boot. When the go-ahead comes it only *notes* `Taken`: what is noted survives the process, and reaches the disk
+//! after the first instruction, before anybody is told. What does a restart find?
+//!
+//! - *The process died, the host did not:* `Taken` is there if it was noted. `Waiting` of this boot means that it was not:
+//!   the machine never ran, and it is declined.
+//! - *The host died:* `Waiting` of an earlier boot. The note may be lost, so nobody can know (`Unsure`). Nothing runs
+//!   there any more, and no word is given: the outgoing side stays in doubt, and a person decides.
 //!
 //! Several processes of one host share its ledger. One that answers for a crossing from the ledger alone writes its
 //! answer first, and the ledger takes no version from a process that has not seen the newest: a go-ahead that reaches
 //! the process that still waited finds the crossing closed, or the answer finds it taken.
 //!
-//! So the incoming side always knows, and the outgoing side is in doubt exactly while it has given away and not
-//! heard. Sending the go-ahead again is harmless: it takes, or it hears the answer again. If the other side
+//! So the incoming side knows, unless its host died in between, and the outgoing side is in doubt exactly while it has
+//! given away and not heard. Sending the go-ahead again is harmless: it takes, or it hears the answer again. If the other side
 //! cannot be reached the outgoing side stays stopped and says so; `resolve` asks again later. "No record" from
 //! a ledger with another identity proves nothing (the disk was replaced): then a person decides.
 //!
@@ -71,6 +77,10 @@ impl std::fmt::Debug for MachineId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct LedgerId(pub [u8; 16]);
 
+/// One run of a host, from its start to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct BootId(pub [u8; 16]);
+
 /// The right to run one machine. Cannot be copied or made outside this module: the outgoing side holds it
 /// until the go-ahead consumes it, the incoming side gets it from an accepted go-ahead.
 #[derive(Debug, PartialEq, Eq)]
@@ -94,6 +104,8 @@ pub enum Standing {
     Gone,
     /// Outgoing: the other side proved that it never will run the machine.
     Kept,
+    /// Incoming: the machine is built. Declined, unless the go-ahead was noted since.
+    Waiting,
     /// Incoming: took the go-ahead. The machine is this side's.
     Taken,
     /// Incoming: will never run the machine of this session, whatever arrives later.
@@ -114,12 +126,38 @@ pub struct Record {
     /// Incoming: the other side is known to know that the machine was taken, and will never ask.
     #[serde(default)]
     pub heard: bool,
+    /// Incoming: the boot of the host in which it was built.
+    #[serde(default)]
+    pub boot: Option<BootId>,
+}
+
+impl Record {
+    /// How it stands to a process that reads it in this boot of its host.
+    pub fn standing_in(&self, boot: Option<BootId>) -> Standing {
+        match self.standing {
+            // What was noted since would be here; without a boot's number nothing is only noted.
+            Standing::Waiting if self.boot.is_none() || self.boot == boot => Standing::Declined,
+            standing => standing,
+        }
+    }
 }
 
 /// The durable memory of a side. `write` returns only when the record will survive a crash of the host.
 pub trait Ledger: Send {
     fn id(&self) -> LedgerId;
     fn write(&mut self, record: &Record) -> Result<(), Reason>;
+    /// Which boot of the host this is, if that can be told; only then may anything be noted.
+    fn boot(&self) -> Option<BootId> {
+        None
+    }
+    /// As `write`, but the record survives the host only after `settle`.
+    fn note(&mut self, record: &Record) -> Result<(), Reason> {
+        self.write(record)
+    }
+    /// Returns when what was noted will survive a crash of the host.
+    fn settle(&mut self, _session: SessionId, _side: Side) -> Result<(), Reason> {
+        Ok(())
+    }
     /// A host can be both sides of one crossing: each side has a record of its own.
     fn read(&self, session: SessionId, side: Side) -> Result<Option<Record>, Reason>;
     /// All records of a machine, in no order.
@@ -197,10 +235,12 @@ pub fn giver_after_restart(record: Option<Standing>) -> Giver {
 pub enum Taker {
     /// The machine is loaded and waits for the go-ahead.
     Waiting,
-    /// `Taken` is written, the machine is being started, nobody was told.
+    /// `Taken` is noted, the machine is being started, nobody was told.
     Taking,
     Taken,
     Declined,
+    /// The host died while this side waited: it may have run, and it never will again.
+    Unsure,
     /// No machine and no record (a restart, or never heard of it).
     Blank,
 }
@@ -220,6 +260,9 @@ pub enum TakerEvent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TakerStep {
     Write(Standing),
+    /// Written, but on the disk only after `Settle`.
+    Note(Standing),
+    Settle,
     /// Starts the machine; ends in `Started` or `StartFailed`.
     Run,
     /// The machine's memory is dropped.
@@ -231,10 +274,10 @@ pub enum TakerStep {
 }
 
 pub fn taker(state: Taker, event: TakerEvent) -> (Taker, &'static [TakerStep]) {
-    use TakerStep::{Answer, Discard, Run, Write};
+    use TakerStep::{Answer, Discard, Note, Run, Settle, Write};
     match (state, event) {
-        (Taker::Waiting, TakerEvent::Go) => (Taker::Taking, &[Write(Standing::Taken), Run]),
-        (Taker::Taking, TakerEvent::Started) => (Taker::Taken, &[Answer { taken: true }]),
+        (Taker::Waiting, TakerEvent::Go) => (Taker::Taking, &[Note(Standing::Taken), Run]),
+        (Taker::Taking, TakerEvent::Started) => (Taker::Taken, &[Settle, Answer { taken: true }]),
         (Taker::Taking, TakerEvent::StartFailed) => (
             Taker::Declined,
             &[Discard, Write(Standing::Declined), Answer { taken: false }],
@@ -250,17 +293,18 @@ pub fn taker(state: Taker, event: TakerEvent) -> (Taker, &'static [TakerStep]) {
             Taker::Declined,
             &[Write(Standing::Declined), Answer { taken: false }],
         ),
-        (Taker::Taken, TakerEvent::Go | TakerEvent::Ask) => (Taker::Taken, &[Answer { taken: true }]),
+        (Taker::Taken, TakerEvent::Go | TakerEvent::Ask) => (Taker::Taken, &[Settle, Answer { taken: true }]),
         (Taker::Declined, TakerEvent::Go | TakerEvent::Ask) => (Taker::Declined, &[Answer { taken: false }]),
         (state, _) => (state, &[]),
     }
 }
 
-/// What a restarted incoming side knows from its ledger.
+/// What a restarted incoming side knows from its ledger, as it reads in this boot ([`Record::standing_in`]).
 pub fn taker_after_restart(record: Option<Standing>) -> Taker {
     match record {
         Some(Standing::Taken) => Taker::Taken,
         Some(Standing::Declined) => Taker::Declined,
+        Some(Standing::Waiting) => Taker::Unsure,
         _ => Taker::Blank,
     }
 }
@@ -269,7 +313,12 @@ pub fn taker_after_restart(record: Option<Standing>) -> Taker {
 fn binding(records: &[Record]) -> Option<&Record> {
     records
         .iter()
-        .filter(|record| !matches!(record.standing, Standing::Kept | Standing::Declined))
+        .filter(|record| {
+            !matches!(
+                record.standing,
+                Standing::Kept | Standing::Waiting | Standing::Declined
+            )
+        })
         // A machine that crossed within this host is both gone and taken here: it is here.
         .max_by_key(|record| (record.epoch, record.standing == Standing::Taken))
 }
@@ -346,9 +395,10 @@ pub fn settle_returned(ledger: &mut dyn Ledger, doubts: Vec<Record>) -> Result<(
 
 /// Whether a record may still be asked for, among all that its ledger has. The others go after a while.
 ///
-/// Needed is a doubt; a `Taken` that the other side may not have heard of, because without it the answer would be
-/// `Declined`; and the last word on each machine, which refuses old copies of it. Not needed are `Kept` and `Declined`:
-/// they say what would be said without them, and their epochs, which nobody took, may be used again.
+/// Needed is a doubt; a `Taken` that the other side may not have heard of and a `Waiting` of an earlier boot, because
+/// without them the answer would be `Declined`; and the last word on each machine, which refuses old copies of it. Not
+/// needed are `Kept` and `Declined`: they say what would be said without them, and their epochs, which nobody took, may be
+/// used again.
 ///
 /// A `Taken` may stay unheard for ever, when the link broke behind the answer. That the machine has left again, or ended, is no
 /// reason to forget it: the side that gave it may still be in doubt, and would run its old copy. It is needed no more when the
@@ -357,7 +407,7 @@ pub fn is_needed(record: &Record, all: &[Record]) -> bool {
     let is_final = |record: &Record| match record.standing {
         Standing::Gone => true,
         Standing::Taken => record.heard || is_known_there(record, all),
-        Standing::GivenAway | Standing::Kept | Standing::Declined => false,
+        Standing::GivenAway | Standing::Kept | Standing::Waiting | Standing::Declined => false,
     };
     match record.standing {
         Standing::Kept | Standing::Declined => false,
@@ -415,6 +465,7 @@ impl Departure {
             standing: Standing::Kept,
             peer: None,
             heard: false,
+            boot: None,
         };
         Ok((
             Departure {
@@ -524,8 +575,7 @@ pub struct Arrival {
 }
 
 impl Arrival {
-    /// A machine that is being built here. Until it is taken the book says that it is not: that is what a
-    /// restart must find.
+    /// A machine that was built here, and waits.
     pub fn begin(
         ledger: &mut dyn Ledger,
         session: SessionId,
@@ -538,9 +588,10 @@ impl Arrival {
             machine,
             epoch,
             side: Side::Incoming,
-            standing: Standing::Declined,
+            standing: Standing::Waiting,
             peer: Some(peer),
             heard: false,
+            boot: ledger.boot(),
         };
         ledger.write(&record)?;
         Ok(Arrival {
@@ -562,7 +613,7 @@ impl Arrival {
         self.record.peer.unwrap_or(LedgerId([0; 16]))
     }
 
-    /// The go-ahead arrived: writes that the machine is taken, and makes the permit to start it.
+    /// The go-ahead arrived: notes that the machine is taken, and makes the permit to start it.
     pub fn take(&mut self, ledger: &mut dyn Ledger) -> Result<RunPermit, Reason> {
         let (next, steps) = taker(self.state, TakerEvent::Go);
         if next != Taker::Taking || self.state != Taker::Waiting {
@@ -578,9 +629,11 @@ impl Arrival {
         })
     }
 
-    /// The machine runs.
-    pub fn started(&mut self) {
-        self.state = taker(self.state, TakerEvent::Started).0;
+    /// The machine runs; when this returns `Ok` the other side may hear it.
+    pub fn started(&mut self, ledger: &mut dyn Ledger) -> Result<(), Reason> {
+        let (next, steps) = taker(self.state, TakerEvent::Started);
+        self.state = next;
+        self.write(ledger, steps)
     }
 
     /// The other side said that it knows.
@@ -611,9 +664,20 @@ impl Arrival {
 
     fn write(&mut self, ledger: &mut dyn Ledger, steps: &[TakerStep]) -> Result<(), Reason> {
         for step in steps {
-            if let TakerStep::Write(standing) = step {
-                self.record.standing = *standing;
-                ledger.write(&self.record)?;
+            match step {
+                TakerStep::Write(standing) => {
+                    self.record.standing = *standing;
+                    ledger.write(&self.record)?;
+                }
+                TakerStep::Note(standing) => {
+                    self.record.standing = *standing;
+                    match self.record.boot {
+                        Some(_) => ledger.note(&self.record)?,
+                        None => ledger.write(&self.record)?,
+                    }
+                }
+                TakerStep::Settle => ledger.settle(self.record.session, self.record.side)?,
+                TakerStep::Run | TakerStep::Discard | TakerStep::Answer { .. } => {}
             }
         }
         Ok(())
@@ -621,15 +685,26 @@ impl Arrival {
 }
 
 /// Answers for a session from the ledger alone, when no machine of it is being built here: what was taken was
-/// taken, and everything else is declined, in writing, before the answer.
+/// taken, and everything else is declined, in writing, before the answer; unless the host died while it waited.
 pub fn answer_from_ledger(ledger: &mut dyn Ledger, session: SessionId) -> Result<Standing, Reason> {
     let known = ledger.read(session, Side::Incoming)?;
-    let state = taker_after_restart(known.as_ref().map(|record| record.standing));
-    if taker(state, TakerEvent::Ask).0 == Taker::Taken {
-        return Ok(Standing::Taken);
+    let boot = ledger.boot();
+    match taker_after_restart(known.as_ref().map(|record| record.standing_in(boot))) {
+        Taker::Taken => {
+            ledger.settle(session, Side::Incoming)?;
+            return Ok(Standing::Taken);
+        }
+        Taker::Unsure => {
+            return Err(Reason::new(
+                Cause::Ledger,
+                "that host was restarted while it waited for the machine's go-ahead, so nobody can know whether the machine \
+                 began to run there; it does not run there now",
+            ));
+        }
+        _ => {}
     }
-    // What is built has a record that says declined from the start. It is written again, so that another process of this
-    // host that still waits for the go-ahead finds, when it comes, that the crossing was settled meanwhile.
+    // Written also where it says so already, so that another process of this host that still waits for the go-ahead finds,
+    // when it comes, that the crossing was settled meanwhile.
     let record = known.unwrap_or(Record {
         session,
         machine: MachineId([0; 16]),
@@ -638,6 +713,7 @@ pub fn answer_from_ledger(ledger: &mut dyn Ledger, session: SessionId) -> Result
         standing: Standing::Declined,
         peer: None,
         heard: false,
+        boot: None,
     });
     ledger.write(&Record {
         standing: Standing::Declined,

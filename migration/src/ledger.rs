@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use crate::failure::{Cause, Reason, Side};
-use crate::handover::{Ledger, LedgerId, MachineId, Record, SessionId, is_needed};
+use crate::handover::{BootId, Ledger, LedgerId, MachineId, Record, SessionId, is_needed};
 
 /// A version of a record, padded: one sector, so that it is written whole or not at all, and in place, because
 /// making a file durable takes several times as long as overwriting it, and the machine stands still meanwhile.
@@ -31,6 +31,7 @@ const KEEP_MOST: usize = 1000;
 pub struct FileLedger {
     directory: PathBuf,
     id: LedgerId,
+    boot: Option<BootId>,
     /// The version of each record that was read or written here last.
     seen: RefCell<HashMap<PathBuf, Seen>>,
 }
@@ -61,6 +62,7 @@ impl FileLedger {
         Ok(FileLedger {
             directory: directory.to_path_buf(),
             id,
+            boot: boot_id(),
             seen: RefCell::default(),
         })
     }
@@ -80,10 +82,38 @@ impl FileLedger {
         for entry in listing {
             let path = entry.map_err(|e| failed("list", &self.directory, &e))?.path();
             if path.extension().is_some_and(|extension| extension == "crossing") {
-                records.extend(load(&path)?);
+                records.extend(load(&path)?.map(|record| self.as_it_stands(record)));
             }
         }
         Ok(records)
+    }
+
+    fn put(&mut self, record: &Record, durably: bool) -> Result<(), Reason> {
+        let path = self.path(record.session, record.side);
+        let seen = self.seen.get_mut();
+        let Some(Seen { count, file }) = seen.get_mut(&path) else {
+            let bytes = [slot(record, 1)?, [0; SLOT_BYTES]].concat();
+            let file =
+                create_durably(&self.directory, &path, &bytes).map_err(|error| match error.kind() {
+                    std::io::ErrorKind::AlreadyExists => settled(record.session),
+                    _ => failed("write", &path, &error),
+                })?;
+            seen.insert(path, Seen { count: 1, file });
+            return Ok(());
+        };
+        file.lock().map_err(|e| failed("lock", &path, &e))?;
+        let written = overwrite(file, &path, *count, record, durably);
+        file.unlock().map_err(|e| failed("unlock", &path, &e))?;
+        *count = written?;
+        Ok(())
+    }
+
+    /// To a reader in this boot.
+    fn as_it_stands(&self, record: Record) -> Record {
+        Record {
+            standing: record.standing_in(self.boot),
+            ..record
+        }
     }
 
     /// Removes records that nothing needs: those older than 30 days, and of the others all but the newest 1000. How many.
@@ -103,8 +133,11 @@ impl FileLedger {
                 records.push((now.duration_since(written).unwrap_or_default(), path, record));
             }
         }
-        let all: Vec<Record> = records.iter().map(|(_, _, record)| record.clone()).collect();
-        records.retain(|(_, _, record)| !is_needed(record, &all));
+        let all: Vec<Record> = records
+            .iter()
+            .map(|(_, _, record)| self.as_it_stands(record.clone()))
+            .collect();
+        records.retain(|(_, _, record)| !is_needed(&self.as_it_stands(record.clone()), &all));
         records.sort_by_key(|(age, _, _)| *age);
         let old = records
             .iter()
@@ -130,24 +163,24 @@ impl Ledger for FileLedger {
         self.id
     }
 
+    fn boot(&self) -> Option<BootId> {
+        self.boot
+    }
+
     fn write(&mut self, record: &Record) -> Result<(), Reason> {
-        let path = self.path(record.session, record.side);
-        let seen = self.seen.get_mut();
-        let Some(Seen { count, file }) = seen.get_mut(&path) else {
-            let bytes = [slot(record, 1)?, [0; SLOT_BYTES]].concat();
-            let file =
-                create_durably(&self.directory, &path, &bytes).map_err(|error| match error.kind() {
-                    std::io::ErrorKind::AlreadyExists => settled(record.session),
-                    _ => failed("write", &path, &error),
-                })?;
-            seen.insert(path, Seen { count: 1, file });
-            return Ok(());
-        };
-        file.lock().map_err(|e| failed("lock", &path, &e))?;
-        let written = overwrite(file, &path, *count, record);
-        file.unlock().map_err(|e| failed("unlock", &path, &e))?;
-        *count = written?;
-        Ok(())
+        self.put(record, true)
+    }
+
+    fn note(&mut self, record: &Record) -> Result<(), Reason> {
+        self.put(record, false)
+    }
+
+    fn settle(&mut self, session: SessionId, side: Side) -> Result<(), Reason> {
+        let path = self.path(session, side);
+        match self.seen.get_mut().get(&path) {
+            Some(Seen { file, .. }) => file.sync_data().map_err(|e| failed("write", &path, &e)),
+            None => Ok(()),
+        }
     }
 
     fn read(&self, session: SessionId, side: Side) -> Result<Option<Record>, Reason> {
@@ -181,7 +214,7 @@ fn load(path: &Path) -> Result<Option<Record>, Reason> {
 }
 
 /// The next version, if `count` is the newest. The file must be locked.
-fn overwrite(file: &File, path: &Path, count: u64, record: &Record) -> Result<u64, Reason> {
+fn overwrite(file: &File, path: &Path, count: u64, record: &Record, durably: bool) -> Result<u64, Reason> {
     let (at, newest, _) = newest(file, path)?;
     if newest != count || !is_there(file) {
         return Err(settled(record.session));
@@ -189,9 +222,17 @@ fn overwrite(file: &File, path: &Path, count: u64, record: &Record) -> Result<u6
     let next = count.saturating_add(1);
     let bytes = slot(record, next)?;
     file.write_all_at(&bytes, ((1 - at) * SLOT_BYTES) as u64)
-        .and_then(|()| file.sync_data())
+        .and_then(|()| if durably { file.sync_data() } else { Ok(()) })
         .map_err(|e| failed("write", path, &e))?;
     Ok(next)
+}
+
+/// The number of the host's present boot, if it has one.
+fn boot_id() -> Option<BootId> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let digits = text.trim().replace('-', "");
+    let number = u128::from_str_radix(&digits, 16).ok()?;
+    Some(BootId(number.to_be_bytes()))
 }
 
 /// Whether an open record still has its name: what was removed does not come back under another inode.
@@ -294,7 +335,7 @@ fn failed(verb: &str, path: &Path, error: &std::io::Error) -> Reason {
 mod tests {
     use super::*;
     use crate::handover::{
-        Departure, Standing, answer_from_ledger, check_epoch, next_epoch, settle_returned,
+        Arrival, Departure, Standing, answer_from_ledger, check_epoch, next_epoch, settle_returned,
     };
 
     fn record(session: u8, epoch: u64, side: Side, standing: Standing) -> Record {
@@ -306,10 +347,63 @@ mod tests {
             standing,
             peer: Some(THERE),
             heard: false,
+            boot: None,
         }
     }
 
     const THERE: LedgerId = LedgerId([9; 16]);
+
+    #[test]
+    fn who_waited_declines_after_a_crash_of_the_process_and_gives_no_word_after_one_of_the_host() {
+        let room = tempfile::tempdir().unwrap();
+        let open = || FileLedger::open(room.path(), LedgerId([1; 16])).unwrap();
+        let mut before = open();
+        let boot = before.boot().unwrap();
+        let (one, other, third) = (SessionId([5; 16]), SessionId([6; 16]), SessionId([7; 16]));
+        for session in [one, other] {
+            Arrival::begin(&mut before, session, MachineId([7; 16]), 3, THERE).unwrap();
+        }
+        let mut taking = Arrival::begin(&mut before, third, MachineId([8; 16]), 3, THERE).unwrap();
+        taking.take(&mut before).unwrap();
+        drop(before);
+
+        // The process died.
+        let mut again = open();
+        assert_eq!(answer_from_ledger(&mut again, one).unwrap(), Standing::Declined);
+        assert_eq!(answer_from_ledger(&mut again, third).unwrap(), Standing::Taken);
+        let stands = |ledger: &FileLedger, session: SessionId| {
+            let all = ledger.all().unwrap();
+            all.iter()
+                .find(|record| record.session == session)
+                .unwrap()
+                .standing
+        };
+        assert_eq!(stands(&again, other), Standing::Declined);
+
+        // The host did.
+        let mut later = open();
+        later.boot = Some(BootId([9; 16])).filter(|other| *other != boot);
+        assert_eq!(answer_from_ledger(&mut later, one).unwrap(), Standing::Declined);
+        assert_eq!(answer_from_ledger(&mut later, third).unwrap(), Standing::Taken);
+        for _ in 0..2 {
+            let silence = answer_from_ledger(&mut later, other).unwrap_err();
+            assert!(
+                silence.to_string().contains("restarted while it waited"),
+                "{silence}"
+            );
+        }
+        assert_eq!(stands(&later, other), Standing::Waiting);
+        // And it is not forgotten, or the next answer would be a word.
+        let year = Duration::from_secs(400 * 24 * 3600);
+        later.prune(SystemTime::now() + year).unwrap();
+        assert_eq!(stands(&later, other), Standing::Waiting);
+        let mut open_again = open();
+        assert_eq!(open_again.prune(SystemTime::now() + year).unwrap(), 1);
+        assert_eq!(
+            answer_from_ledger(&mut open_again, other).unwrap(),
+            Standing::Declined
+        );
+    }
 
     #[test]
     fn a_ledger_opened_again_is_the_same_ledger_with_the_same_records() {

@@ -53,7 +53,10 @@ pub fn resolve(
     let (from, taken) = match ask(record, link, ledger.id(), clock, within) {
         Ok(word) => word,
         Err(reason) => {
-            let message = format!("the other side could not be asked: {reason}");
+            let message = match reason.cause {
+                Cause::Ledger => format!("the other side gives no word: {reason}"),
+                _ => format!("the other side could not be asked: {reason}"),
+            };
             return Ok(Resolved::Unknown(evidence(None, message)));
         }
     };

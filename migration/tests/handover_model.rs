@@ -1,5 +1,6 @@
 //! The hand over as a model over the very functions the engine runs: every interleaving of loss, doubling, delay,
-//! crash and restart of either side, between any two steps.
+//! crash and restart of either side, between any two steps. Of the incoming side, whose book is not always on the disk, the
+//! process may die or the whole host.
 //!
 //! Safety: never two. A side runs only with the right to, and a word once given is never taken back.
 //! Liveness: from every state that can be reached, if nothing breaks any more, both sides come to the same outcome.
@@ -7,9 +8,10 @@
 
 use std::collections::BTreeSet;
 
+use ferry_migration::failure::Side;
 use ferry_migration::handover::{
-    Giver, GiverEvent, GiverStep, Standing, Taker, TakerEvent, TakerStep, giver, giver_after_restart, taker,
-    taker_after_restart,
+    BootId, Giver, GiverEvent, GiverStep, LedgerId, MachineId, Record, SessionId, Standing, Taker,
+    TakerEvent, TakerStep, giver, giver_after_restart, taker, taker_after_restart,
 };
 use stateright::{Checker, Model, Property};
 
@@ -40,7 +42,29 @@ struct Incoming {
     runs: bool,
     /// It ran an instruction at some time: the machine's history went on there.
     ran: bool,
-    ledger: Option<Standing>,
+    /// What its processes read.
+    ledger: Standing,
+    /// What a crash of the host leaves.
+    on_disk: Standing,
+    /// The host is the one in whose boot the machine was built.
+    same_boot: bool,
+}
+
+impl Incoming {
+    /// As a process reads it now.
+    fn standing(&self) -> Standing {
+        let record = Record {
+            session: SessionId([0; 16]),
+            machine: MachineId([0; 16]),
+            epoch: 1,
+            side: Side::Incoming,
+            standing: self.ledger,
+            peer: Some(LedgerId([0; 16])),
+            heard: false,
+            boot: Some(BootId([0; 16])),
+        };
+        record.standing_in(Some(BootId([u8::from(!self.same_boot); 16])))
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -84,6 +108,7 @@ enum Act {
     Patience,
     CrashOutgoing,
     CrashIncoming,
+    CrashIncomingHost,
     RestartOutgoing,
     RestartIncoming,
 }
@@ -102,6 +127,8 @@ enum Broken {
     AnswerWithoutWriting,
     /// The outgoing side takes silence for a no.
     SilenceIsNo,
+    /// The incoming side believes its ledger also after a crash of its host.
+    NoteSurvives,
 }
 
 impl HandOver {
@@ -146,7 +173,11 @@ impl HandOver {
                 GiverStep::Run => world.outgoing.runs = world.outgoing.memory,
             },
             Act::IncomingStep { start_fails } => match world.incoming.todo.remove(0) {
-                TakerStep::Write(standing) => world.incoming.ledger = Some(standing),
+                TakerStep::Write(standing) => {
+                    (world.incoming.ledger, world.incoming.on_disk) = (standing, standing);
+                }
+                TakerStep::Note(standing) => world.incoming.ledger = standing,
+                TakerStep::Settle => world.incoming.on_disk = world.incoming.ledger,
                 TakerStep::Run if *start_fails => self.take(world, TakerEvent::StartFailed),
                 TakerStep::Run => {
                     (world.incoming.runs, world.incoming.ran) = (true, true);
@@ -213,11 +244,15 @@ impl HandOver {
                 (world.outgoing.runs, world.outgoing.memory) = (false, false);
                 world.outgoing.todo.clear();
             }
-            Act::CrashIncoming => {
+            Act::CrashIncoming | Act::CrashIncomingHost => {
                 world.crashes_left -= 1;
                 world.incoming.up = false;
                 world.incoming.runs = false;
                 world.incoming.todo.clear();
+                if *act == Act::CrashIncomingHost {
+                    world.incoming.ledger = world.incoming.on_disk;
+                    world.incoming.same_boot = self.broken == Some(Broken::NoteSurvives);
+                }
             }
             Act::RestartOutgoing => {
                 world.outgoing.up = true;
@@ -225,7 +260,7 @@ impl HandOver {
             }
             Act::RestartIncoming => {
                 world.incoming.up = true;
-                world.incoming.state = taker_after_restart(world.incoming.ledger);
+                world.incoming.state = taker_after_restart(Some(world.incoming.standing()));
             }
         }
     }
@@ -287,7 +322,7 @@ impl HandOver {
                 acts.push(Act::CrashOutgoing);
             }
             if incoming.up {
-                acts.push(Act::CrashIncoming);
+                acts.extend([Act::CrashIncoming, Act::CrashIncomingHost]);
             }
         }
         if !outgoing.up {
@@ -348,8 +383,9 @@ impl Model for HandOver {
                 up: true,
                 runs: false,
                 ran: false,
-                // What is built is written down as declined, until it is taken.
-                ledger: Some(Standing::Declined),
+                ledger: Standing::Waiting,
+                on_disk: Standing::Waiting,
+                same_boot: true,
             },
             to_incoming: BTreeSet::new(),
             to_outgoing: BTreeSet::new(),
@@ -387,8 +423,7 @@ impl Model for HandOver {
             Property::always(
                 "a gone record means that it was taken there",
                 |_, world: &World| {
-                    world.outgoing.ledger != Some(Standing::Gone)
-                        || world.incoming.ledger == Some(Standing::Taken)
+                    world.outgoing.ledger != Some(Standing::Gone) || world.incoming.ledger == Standing::Taken
                 },
             ),
             Property::always(
@@ -396,8 +431,11 @@ impl Model for HandOver {
                 |model, world| {
                     let end = model.heal(world);
                     match end.outgoing.state {
-                        // In doubt for ever: never.
-                        Giver::GivenAway | Giver::Armed => false,
+                        // In doubt for ever: only where nobody can know, and both stand still.
+                        Giver::GivenAway => {
+                            end.incoming.state == Taker::Unsure && !end.incoming.runs && !end.outgoing.runs
+                        }
+                        Giver::Armed => false,
                         Giver::Gone => end.incoming.state == Taker::Taken,
                         // Kept, or never given away; unless a crash lost its memory, it runs here.
                         Giver::Holding => {
@@ -411,6 +449,9 @@ impl Model for HandOver {
             }),
             Property::sometimes("it comes back", |_, world: &World| {
                 world.outgoing.runs && world.outgoing.ledger == Some(Standing::Kept)
+            }),
+            Property::sometimes("nobody can know that it ran", |_, world: &World| {
+                world.incoming.state == Taker::Unsure && world.incoming.ran
             }),
             Property::sometimes("there is doubt", |_, world: &World| {
                 world.outgoing.state == Giver::GivenAway && world.outgoing.todo.is_empty()
@@ -441,6 +482,7 @@ fn a_protocol_that_is_broken_on_purpose_is_found_out() {
         Broken::NeverWritten,
         Broken::AnswerWithoutWriting,
         Broken::SilenceIsNo,
+        Broken::NoteSurvives,
     ] {
         let checker = HandOver {
             crashes: 3,
@@ -450,10 +492,15 @@ fn a_protocol_that_is_broken_on_purpose_is_found_out() {
         .threads(2)
         .spawn_bfs()
         .join();
-        let found = checker
-            .discoveries()
-            .keys()
-            .any(|name| !["it is handed over", "it comes back", "there is doubt"].contains(name));
+        let found = checker.discoveries().keys().any(|name| {
+            ![
+                "it is handed over",
+                "it comes back",
+                "there is doubt",
+                "nobody can know that it ran",
+            ]
+            .contains(name)
+        });
         assert!(found);
     }
 }

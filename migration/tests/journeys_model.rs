@@ -52,6 +52,7 @@ impl Line {
             standing: self.standing,
             peer: Some(LedgerId([self.peer; 16])),
             heard: self.heard,
+            boot: None,
         }
     }
 }
@@ -202,6 +203,7 @@ impl Journey {
                 there.line(doubt.session.0[0], true)?.standing = Standing::Gone;
             }
         }
+        // (`Waiting` of this boot, which reads so.)
         there.write(session, false, epoch, Standing::Declined, from);
         there.waiting = Some(session);
         Some(())

@@ -206,7 +206,7 @@ fn show(globals: &Globals) -> Result<()> {
 fn unsettled(record: &Record) -> bool {
     matches!(
         record.standing,
-        Standing::GivenAway | Standing::Taken | Standing::Declined
+        Standing::GivenAway | Standing::Waiting | Standing::Taken | Standing::Declined
     )
 }
 
@@ -219,9 +219,14 @@ fn sentence(record: &Record) -> String {
         standing,
         peer: _,
         heard: _,
+        boot: _,
     } = record;
     let what = match standing {
         Standing::GivenAway => "was given away by this host and nobody confirmed it; ask the other host",
+        Standing::Waiting => {
+            "was awaited by this host, which was restarted meanwhile: nobody knows whether it began to run here, it does not \
+             run here now, and the other host has to be told with --here or --there"
+        }
         Standing::Taken => "was taken by this host: it is this host's, and the other one must not run it",
         Standing::Declined => "was declined by this host and will never run here: the other host may run it",
         Standing::Gone => "is at the other host",

@@ -280,7 +280,10 @@ impl Loaded {
         let start = room.clock.now();
         match room.machine.resume(permit) {
             Ok(()) => {
-                copying.arrival.started();
+                if let Err(reason) = copying.arrival.started(room.ledger) {
+                    // It runs: that is what the other side must hear. Only a host that dies now would not know it any more.
+                    tracing::warn!("that the machine runs here may not have reached the disk: {reason}");
+                }
                 let end = room.clock.now();
                 let took = end.saturating_sub(start);
                 let answer = if copying.version >= VERSION_WITH_AWAKE {
