@@ -370,6 +370,20 @@ impl Copying {
         Ok(())
     }
 
+    /// Between two rounds, time passed in which nothing was carried: what was written meanwhile?
+    pub(crate) fn look_again(&mut self, cargo: &[Cargo], clock: &dyn Clock) -> Result<(), DataError> {
+        self.survey(cargo, clock, &Sets::empty(cargo))?;
+        self.todo.union(&self.noted);
+        let left = self.remaining();
+        self.history.remaining_bytes = left.bytes(cargo);
+        self.history.disk_remaining_bytes = left.disk_bytes(cargo);
+        let noted = self.noted.bytes(cargo);
+        if let Some(last) = self.history.rounds.last_mut() {
+            last.dirty_bytes = noted;
+        }
+        Ok(())
+    }
+
     /// The link broke and was mended: what was delivered is done, the rest is noted again.
     pub(crate) fn settled(
         &mut self,

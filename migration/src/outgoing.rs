@@ -383,6 +383,8 @@ impl<'a> Crossing<'a> {
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// A long crossing is not played through each second, but after each such part of the time that it has taken.
 const FORESEE_PART: u32 = 16;
+/// Writing the ledger for longer than this is worth another look at what the machine wrote meanwhile.
+const SLOW_BOOK: Duration = Duration::from_millis(5);
 const SHOW_EVERY: Duration = Duration::from_millis(200);
 const REPORT_ROUND: Duration = Duration::from_secs(1);
 const RETRY_AFTER: Duration = Duration::from_millis(200);

@@ -2,9 +2,14 @@
 
 mod common;
 
-use common::{Stage, Stand, options};
-use ferry_migration::failure::Whereabouts;
-use ferry_migration::machine::Observer;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{Dice, FakeBlock, MemoryLedger, Stage, Stand, StepClock, options};
+use ferry_migration::clock::Clock as _;
+use ferry_migration::failure::{Reason, Side, Whereabouts};
+use ferry_migration::handover::{Ledger, LedgerId, MachineId, Record, SessionId, Standing};
+use ferry_migration::machine::{Observer, Unobserved};
 use ferry_migration::options::Handle;
 use ferry_migration::outgoing::{World, cross};
 use ferry_migration::report::{Event, Report};
@@ -33,7 +38,7 @@ fn every_policy_gets_an_idle_machine_and_a_busy_one_across() {
             let mut options = options(1, 2);
             options.limits.policy = about.policy;
             options.limits.link_bytes_per_sec = Some(1_000_000_000);
-            options.limits.deadline = Some(std::time::Duration::from_secs(60));
+            options.limits.deadline = Some(Duration::from_secs(60));
             options.limits.on_deadline = ferry_migration::policy::DeadlineAction::PauseAndFinish;
             let report = stage.cross(&mut stage.loopback(16), &options);
             assert_eq!(report.outcome.failure, None, "{}: {report:#?}", about.name);
@@ -86,5 +91,69 @@ fn a_switch_in_the_middle_of_a_round_sends_nothing_twice() {
         let mut link = patient.loopback(16);
         let (memory, disk) = units(&patient.cross(&mut link, &options(1, lanes)));
         assert_eq!(units(&report), (memory - 1, disk), "{report:#?}");
+    }
+}
+
+/// A ledger on a busy disk: while it is written, the guest writes all its memory.
+struct Busy {
+    ledger: MemoryLedger,
+    clock: Arc<StepClock>,
+    memory: Arc<FakeBlock>,
+    takes: Duration,
+}
+
+impl Ledger for Busy {
+    fn id(&self) -> LedgerId {
+        self.ledger.id()
+    }
+
+    fn write(&mut self, record: &Record) -> Result<(), Reason> {
+        if record.standing == Standing::GivenAway {
+            let mut dice = Dice::new(3);
+            (0..self.memory.info.units()).for_each(|unit| self.memory.write_unit(unit, &mut dice));
+            self.clock.sleep(self.takes);
+        }
+        self.ledger.write(record)
+    }
+
+    fn read(&self, session: SessionId, side: Side) -> Result<Option<Record>, Reason> {
+        self.ledger.read(session, side)
+    }
+
+    fn records(&self, machine: MachineId) -> Result<Vec<Record>, Reason> {
+        self.ledger.records(machine)
+    }
+}
+
+#[test]
+fn what_is_written_while_the_ledger_takes_its_time_is_copied_while_the_machine_runs() {
+    for (takes, live) in [(Duration::from_millis(400), true), (Duration::ZERO, false)] {
+        let mut stage = Stage::new(9);
+        stage.guest_works(1, 0);
+        let mut ledger = Busy {
+            ledger: stage.our_ledger.clone(),
+            clock: Arc::clone(&stage.clock),
+            memory: Arc::clone(&stage.outgoing.blocks[0]),
+            takes,
+        };
+        let mut options = options(1, 2);
+        options.limits.policy = "max".parse().unwrap();
+        options.limits.link_bytes_per_sec = Some(1_000_000);
+        let mut link = stage.loopback(4);
+        let world = World {
+            machine: &mut stage.outgoing,
+            link: &mut link,
+            ledger: &mut ledger,
+            clock: &*stage.clock,
+            observer: &Unobserved,
+            handle: &stage.handle,
+        };
+        let report = cross(world, &options);
+        assert_eq!(report.outcome.failure, None);
+        stage.assert_equal();
+        let last = report.rounds.last().unwrap();
+        let copied_late = last.memory.units() > 600;
+        assert_eq!(copied_late, !live, "{:?}", report.rounds);
+        assert!(last.reason.contains("stopped"), "{last:?}");
     }
 }

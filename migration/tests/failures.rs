@@ -101,7 +101,7 @@ fn a_ledger_that_cannot_be_written_here_keeps_the_machine_here() {
     let report = stage.cross(&mut stage.loopback(4), &options(1, 2));
     stage.our_ledger.fails.store(false, Ordering::Release);
     let failure = stays_and_crosses_after(&mut stage, &report);
-    assert_eq!((failure.cause, failure.phase), (Cause::Ledger, Phase::Pause));
+    assert_eq!((failure.cause, failure.phase), (Cause::Ledger, Phase::CopyLive));
 }
 
 #[test]

@@ -8,6 +8,7 @@ use crate::copying::{Copying, Means, Tick};
 use crate::custody::Custody;
 use crate::estimate::{self, SoFar};
 use crate::failure::{Cause, Failure, Phase, Reason, Side};
+use crate::handover::Giver;
 use crate::policy::{self, Action, Decision, UNLIMITED};
 use crate::report::{Event, Moment, Round};
 use crate::talk::Broke;
@@ -15,8 +16,8 @@ use crate::units::UnitSet;
 use crate::wire::{Message, VERSION_WITH_NAMES};
 
 use super::{
-    Crossing, FORESEE_PART, LOOK_EVERY, NAMES_AT_ONCE, REPORT_ROUND, SHOW_EVERY, cancelled, carry_broke,
-    is_late, lock,
+    Crossing, FORESEE_PART, LOOK_EVERY, NAMES_AT_ONCE, REPORT_ROUND, SHOW_EVERY, SLOW_BOOK, cancelled,
+    carry_broke, is_late, lock,
 };
 
 /// What a look at how it goes leads to.
@@ -54,6 +55,9 @@ impl Crossing<'_> {
                 }
                 Next::Switch(reason) => match self.end_round(last.take()) {
                     Ok(()) => {
+                        if !self.arm()? {
+                            continue;
+                        }
                         if let (Some(last), Some(reason)) = (self.report.rounds.last_mut(), reason) {
                             last.decision = "switch".into();
                             last.reason = reason;
@@ -67,6 +71,25 @@ impl Crossing<'_> {
                 self.mend(broke)?;
             }
         }
+    }
+
+    /// Before the machine is paused, its leaving is written down, which takes a busy disk its time. `false`: so long that
+    /// the machine will have written much meanwhile, and whether to switch is to be asked again.
+    fn arm(&mut self) -> Result<bool, Failure> {
+        let Some(departure) = self.departure.as_mut().filter(|d| d.state() != Giver::Armed) else {
+            return Ok(true);
+        };
+        let begun = self.world.clock.now();
+        let armed = departure.arm(self.world.ledger);
+        self.or_fail(armed)?;
+        if self.world.clock.now().saturating_sub(begun) < SLOW_BOOK {
+            return Ok(true);
+        }
+        if let Some(copying) = self.copying.as_mut() {
+            let looked = copying.look_again(&self.cargo, self.world.clock);
+            self.or_fail(looked.map_err(Reason::from))?;
+        }
+        Ok(false)
     }
 
     /// A switch in the middle of a round waits until the other side holds what the round has sent so far. What the switch

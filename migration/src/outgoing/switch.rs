@@ -15,11 +15,6 @@ impl Crossing<'_> {
         if let Some(reason) = cancelled(self.world.handle) {
             return Err(self.fail(Side::Outgoing, reason));
         }
-        // What takes a disk its time is done while the machine still runs.
-        if let Some(departure) = self.departure.as_mut() {
-            let armed = departure.arm(self.world.ledger);
-            self.or_fail(armed)?;
-        }
         self.marked = self.world.clock.now();
         let paused = self.world.machine.pause();
         self.or_fail(paused)?;
