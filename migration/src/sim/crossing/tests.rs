@@ -271,6 +271,7 @@ fn a_deadline_in_the_middle_of_a_round_sends_nothing_twice() {
 #[test]
 fn over_a_link_that_is_known_the_promise_comes_before_the_first_byte() {
     let mut scenario = with_disk(Policy::Max, "16M,allocated=100%,hot=0%");
+    scenario.limits.link_bytes_per_sec = None;
     let unknown = scenario.cross().report;
     scenario.limits.link_bytes_per_sec = Some(4_000_000);
     let known = scenario.cross().report;
