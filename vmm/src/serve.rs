@@ -143,6 +143,7 @@ impl Serving {
             }
         };
         tracing::info!("the machine {} has ended: {end}", control.name);
+        control.crossings.wait();
         let Wiring { serial, console } = wiring;
         serial.close();
         console.close();

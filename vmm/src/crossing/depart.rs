@@ -1,6 +1,7 @@
 //! A machine leaves: one crossing at a time, on a thread of its own, steered and watched over the control socket.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ferry_migration::clock::HostClock;
@@ -33,6 +34,8 @@ pub struct Crossings {
     pub id: MachineId,
     base: Base,
     current: Mutex<Option<Arc<Handle>>>,
+    /// The thread of the newest crossing, which may still have to say how it ended.
+    thread: Mutex<Option<JoinHandle<()>>>,
     doubt: Arc<Doubt>,
     resolving: Mutex<()>,
     /// What the last rehearsal found, for the promise of the crossing that follows it.
@@ -64,6 +67,7 @@ impl Crossings {
             id,
             base,
             current: Mutex::default(),
+            thread: Mutex::default(),
             doubt: Arc::default(),
             resolving: Mutex::default(),
             foreseen: Mutex::default(),
@@ -209,13 +213,28 @@ impl Crossings {
                     Err(error) => tracing::error!("the crossing did not begin: {error}"),
                 }
             });
-        if let Err(error) = spawned {
-            *self.lock() = None;
-            return Err(MachineError::Host(format!(
-                "the crossing's thread could not be started: {error}"
-            )));
+        match spawned {
+            Ok(thread) => {
+                *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+                Ok(handle)
+            }
+            Err(error) => {
+                *self.lock() = None;
+                Err(MachineError::Host(format!(
+                    "the crossing's thread could not be started: {error}"
+                )))
+            }
         }
-        Ok(handle)
+    }
+
+    /// Waits until the newest crossing has said everything. When the machine has left there is still a report to make, for
+    /// which something is measured: on a busy host that takes its time.
+    pub fn wait(&self) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let begun = Instant::now();
+        while thread.as_ref().is_some_and(|thread| !thread.is_finished()) && begun.elapsed() < ENDING {
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     #[allow(clippy::too_many_arguments)] // all that a crossing is made of, used once
